@@ -1,0 +1,3 @@
+-- The names of the migrations that this database has.
+-- Parameters: none
+SELECT name FROM taskapi.migrations

@@ -1,0 +1,45 @@
+"""taskapi: a JWT-secured task-management REST API, alone or inside another Flask app."""
+
+import os
+
+import psycopg_pool
+from flask import Flask
+from flask.cli import AppGroup
+
+from . import auth, db, limits, problems, tasks
+from .config import ConfigError, Settings
+
+__all__ = ["ConfigError", "Settings", "create_app", "init_app"]
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """The API as an app of its own, by `settings` or else by the environment."""
+    app = Flask(__name__, static_folder=None)
+    init_app(app, settings)
+    problems.handle(app)
+    return app
+
+
+def init_app(
+    app: Flask,
+    settings: Settings | None = None,
+    *,
+    url_prefix: str = "/api",
+    pool: psycopg_pool.ConnectionPool | None = None,
+) -> None:
+    """Takes the API into `app`, at `url_prefix`, by `settings` or else by the environment.
+
+    `pool` lends an open psycopg pool; without one the API keeps its own, to `settings.database_url`. Nothing of the
+    app outside the prefix changes. Raises ConfigError where something that is needed is not set.
+    """
+    settings = settings or Settings.from_env(os.environ)
+    app.extensions["taskapi.limits"] = limits.Limits(settings)
+    app.extensions["taskapi.guard"] = auth.Guard(settings)
+    app.extensions["taskapi.database"] = db.Database(settings.database_url, pool)
+    app.url_map.converters.update(taskapi_user=tasks.UserId, taskapi_id=tasks.TaskId)
+    app.extensions["taskapi.cors_origins"] = settings.cors_origins
+    app.register_blueprint(tasks.bp, url_prefix=url_prefix)
+    commands = AppGroup("taskapi", help="Look after the tasks.")
+    commands.add_command(db.migrate_command)
+    commands.add_command(auth.token_command)
+    app.cli.add_command(commands)

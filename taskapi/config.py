@@ -1,0 +1,152 @@
+"""What an operator decides. The environment is read here and nowhere else, and every value is checked at start."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+from urllib.parse import urlsplit
+
+import limits
+import psycopg
+from limits.errors import ConfigurationError
+from limits.storage import storage_from_string
+from psycopg.conninfo import conninfo_to_dict
+
+KNOWN_TO_EVERYBODY = {
+    "change-me-to-the-secret-of-your-better-auth-server",  # .env.example
+    "better-auth-secret-12345678901234567890",  # what Better Auth signs with where no secret is set
+}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the text names its variable and the remedy."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one mounted API; see the README's table.
+
+    Raises ConfigError where a value cannot be used, whether it comes from the environment or from code.
+    """
+
+    database_url: str | None = field(default=None, repr=False)
+    secrets: tuple[str, ...] = field(default=(), repr=False)
+    better_auth_url: str | None = None
+    jwks_url: str | None = None
+    issuers: tuple[str, ...] = ()
+    audiences: tuple[str, ...] = ()
+    user_claims: tuple[str, ...] = ("sub", "user.id")
+    rate_limit: str = "30000/minute"
+    rate_limit_refused: str = "10000/minute"
+    rate_limit_storage: str = field(default="memory://", repr=False)
+    cors_origins: tuple[str, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8000
+    trusted_proxy: str | None = None
+
+    def __post_init__(self) -> None:
+        for check in (self._check_secrets, self._check_urls, self._check_limits, self._check_server):
+            check()
+
+    def _check_secrets(self) -> None:
+        for secret in self.secrets:
+            if secret in KNOWN_TO_EVERYBODY:
+                raise ConfigError("BETTER_AUTH_SECRET is a placeholder that everybody knows: set your own secret")
+            if len(secret.encode()) < 32:  # RFC 7518 §3.2: a key for HS256 is at least as long as its hash
+                raise ConfigError("BETTER_AUTH_SECRET is too short: at least 32 bytes (openssl rand -base64 32)")
+            if "-----BEGIN" in secret:  # RFC 8725 §2.1: whoever has the public key could sign
+                raise ConfigError("BETTER_AUTH_SECRET is a key in PEM form, which may be public: set a random secret")
+
+    def _check_urls(self) -> None:
+        for name, url in (("BETTER_AUTH_URL", self.better_auth_url), ("JWKS_URL", self.jwks_url)):
+            if url is not None and not _is_http(url):
+                raise ConfigError(f"{name} is no http or https URL: https://auth.example.com")
+        for origin in self.cors_origins:
+            if not _is_http(origin) or origin != "{0.scheme}://{0.netloc}".format(urlsplit(origin)):
+                raise ConfigError(f"CORS_ORIGINS has {origin!r}, which is no origin: https://app.example.com")
+        if self.database_url is not None:
+            try:
+                conninfo_to_dict(self.database_url)
+            except psycopg.Error:  # its text quotes the URL, password and all
+                raise ConfigError("DATABASE_URL is no libpq URL: postgresql://user:password@host/database") from None
+
+    def _check_limits(self) -> None:
+        for name, limit in (("RATE_LIMIT", self.rate_limit), ("RATE_LIMIT_REFUSED", self.rate_limit_refused)):
+            try:
+                limits.parse(limit)
+            except ValueError:
+                raise ConfigError(f"{name} is no rate: 600/minute") from None
+        try:
+            storage_from_string(self.rate_limit_storage)
+        except ConfigurationError as error:
+            raise ConfigError(
+                f"RATE_LIMIT_STORAGE cannot be used ({error}): redis://host:6379, taskapi[redis]"
+            ) from None
+
+    def _check_server(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"PORT is {self.port}: choose one from 0 (any free one) to 65535")
+
+    @property
+    def key_set_url(self) -> str | None:
+        """Where the keys of asymmetric tokens are published, if anywhere."""
+        if self.jwks_url or not self.better_auth_url:
+            return self.jwks_url
+        return self.better_auth_url.rstrip("/") + "/api/auth/jwks"
+
+    @property
+    def better_auth_urls(self) -> tuple[str, ...]:
+        """What Better Auth may call itself in `iss` and `aud`: its URL as it was set, with or without a last slash."""
+        url = self.better_auth_url
+        return (url.rstrip("/"), url.rstrip("/") + "/") if url else ()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Self:
+        """The settings that `environ` names; a variable that is empty counts as not set."""
+        found: dict[str, Any] = {}
+        for name, (member, parse) in VARIABLES.items():
+            if value := environ.get(name, "").strip():
+                found[member] = found.get(member, ()) + parse(value) if member == "secrets" else parse(value)
+        return cls(**found)
+
+
+def _is_http(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme in ("http", "https") and bool(parts.hostname)
+
+
+def _port(value: str) -> int:
+    if not (value.isascii() and value.isdigit()):
+        raise ConfigError("PORT is no number: choose one from 0 (any free one) to 65535")
+    return int(value)
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in value.split(",") if name.strip())
+
+
+def _versioned_secrets(value: str) -> tuple[str, ...]:
+    """Better Auth's rotation form, `2:new,1:old`; what was signed with any of them is good."""
+    versions = [item.partition(":") for item in _names(value)]
+    if not versions or not all(number.isdecimal() and colon for number, colon, _ in versions):
+        raise ConfigError("BETTER_AUTH_SECRETS is not of the form 2:new-secret,1:old-secret")
+    return tuple(secret for _, _, secret in versions)
+
+
+VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "DATABASE_URL": ("database_url", str),
+    "BETTER_AUTH_SECRETS": ("secrets", _versioned_secrets),  # before the next: the first secret signs
+    "BETTER_AUTH_SECRET": ("secrets", lambda secret: (secret,)),
+    "BETTER_AUTH_URL": ("better_auth_url", str),
+    "JWKS_URL": ("jwks_url", str),
+    "JWT_ISSUER": ("issuers", _names),
+    "JWT_AUDIENCE": ("audiences", _names),
+    "JWT_USER_CLAIM": ("user_claims", _names),
+    "RATE_LIMIT": ("rate_limit", str),
+    "RATE_LIMIT_REFUSED": ("rate_limit_refused", str),
+    "RATE_LIMIT_STORAGE": ("rate_limit_storage", str),
+    "CORS_ORIGINS": ("cors_origins", _names),
+    "TRUSTED_PROXY": ("trusted_proxy", str),
+    "HOST": ("host", str),
+    "PORT": ("port", _port),
+}
+"""Each variable of the environment, with the setting that it fills and how it is read."""

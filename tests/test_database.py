@@ -1,0 +1,245 @@
+"""The schema and its migrations, the SQL files, and what each statement reads."""
+
+import json
+import logging
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+from psycopg import errors
+
+from taskapi import ConfigError, Settings, create_app
+from taskapi.db import SQL, database, migrations, statement
+from tests.people import SECRET, Person, assert_problem
+
+STATEMENTS = sorted(path.stem for path in SQL.glob("*.sql"))
+ON_TASKS = [name for name in STATEMENTS if name.endswith(("_task", "_tasks"))]
+
+
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_a_statement_takes_the_parameters_that_its_header_names(name: str) -> None:
+    text = statement(name).decode()
+    declared = re.search(r"^-- Parameters: (.+)$", text, re.MULTILINE)
+    assert declared
+    names = set() if declared[1] == "none" else set(declared[1].split(", "))
+    assert set(re.findall(r"%\((\w+)\)s", text)) == names
+
+
+@pytest.mark.parametrize("name", ON_TASKS)
+def test_a_statement_on_tasks_names_the_user(name: str) -> None:
+    assert "%(user_id)s" in statement(name).decode()
+
+
+def test_every_key_and_index_of_tasks_starts_with_the_user(conn: psycopg.Connection) -> None:
+    found = conn.execute("""
+        SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid = 'taskapi.tasks'::regclass
+    """).fetchall()
+    assert found
+    assert set(found) == {("user_id",)}
+
+
+def test_the_columns_of_a_task_are_its_members_on_the_wire(alice: Person, conn: psycopg.Connection) -> None:
+    columns = [column.name for column in conn.execute("SELECT * FROM taskapi.tasks LIMIT 0").description or ()]
+    assert list(alice.create()) == columns
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        "title = ''",
+        "title = ' a'",
+        "title = repeat('a', 501)",
+        "title = NULL",
+        "description = repeat('a', 10001)",
+        "is_completed = NULL",
+        "updated_at = created_at - interval '1 second'",
+        "user_id = ''",
+        "user_id = 'nobody'",
+        "id = 0",
+    ],
+)
+def test_the_database_repeats_the_rules(alice: Person, conn: psycopg.Connection, members: str) -> None:
+    task = alice.create()
+    with pytest.raises((errors.IntegrityError, errors.GeneratedAlways)):
+        conn.execute(f"UPDATE taskapi.tasks SET {members} WHERE id = %s".encode(), [task["id"]])
+    assert alice.list() == [task]
+
+
+@pytest.fixture(scope="module")
+def crowd(new_database: Callable[[], str]) -> Iterator[psycopg.Connection]:
+    """One user with 20 tasks among 100,000 tasks of 5,000 users."""
+    app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
+    database(app).migrate()
+    with database(app)._pool.connection() as conn:
+        conn.execute("INSERT INTO taskapi.users (id) SELECT 'user-' || n FROM generate_series(1, 5000) n")
+        conn.execute("""
+            INSERT INTO taskapi.tasks (user_id, title, created_at)
+            SELECT 'user-' || 1 + n % 5000, 'task ' || n, now() - n * interval '1 minute'
+            FROM generate_series(1, 100000) n
+        """)
+        conn.execute("ANALYZE taskapi.tasks, taskapi.users")
+        yield conn
+    database(app).close()
+
+
+def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if plan.get("Relation Name") == "tasks":
+        yield plan
+    for child in plan.get("Plans", ()):
+        yield from scans(child)
+
+
+@pytest.mark.parametrize("name", [name for name in ON_TASKS if name != "create_task"])
+def test_a_statement_reads_only_its_users_rows(crowd: psycopg.Connection, name: str) -> None:
+    """With a plan for any user, as a prepared statement comes to have, and with row-level security in force."""
+    text = statement(name).decode()
+    names = sorted(set(re.findall(r"%\((\w+)\)s", text)))
+    values = {"user_id": "user-7", "id": 6, "changes": json.dumps({"title": "t"}), "is_completed": None}
+    types = {"id": "bigint", "is_completed": "boolean"}
+    for position, parameter in enumerate(names, 1):
+        text = text.replace(f"%({parameter})s", f"${position}")
+    with crowd.transaction(force_rollback=True):
+        crowd.execute(statement("begin_as_user"), values)
+        crowd.execute("SET LOCAL plan_cache_mode = force_generic_plan")
+        crowd.execute(f"PREPARE it ({', '.join(types.get(n, 'text') for n in names)}) AS {text}".encode())
+        arguments = ", ".join(psycopg.sql.Literal(values[n]).as_string() for n in names)
+        found = crowd.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE it ({arguments})".encode()).fetchone()
+        crowd.execute("DEALLOCATE it")
+    assert found
+    read = [scan for scan in scans(found[0][0]["Plan"]) if "Scan" in scan["Node Type"]]
+    assert read
+    for scan in read:
+        assert "user_id" in scan.get("Index Cond", scan.get("Recheck Cond", ""))
+        assert scan["Actual Rows"] <= 20
+        assert scan.get("Rows Removed by Filter", 0) == 0
+
+
+def test_migrations_are_applied_once_and_in_order(new_database: Callable[[], str]) -> None:
+    app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
+    first, second = (app.test_cli_runner().invoke(args=["taskapi", "migrate"]) for _ in range(2))
+    assert (first.exit_code, second.exit_code) == (0, 0)
+    assert first.output.split() == [word for name in sorted(migrations()) for word in ("applied", name)]
+    assert second.output == "the schema is up to date\n"
+    database(app).close()
+
+
+def test_processes_that_migrate_together_do_it_once(new_database: Callable[[], str]) -> None:
+    url = new_database()
+    apps = [create_app(Settings(database_url=url, secrets=(SECRET,))) for _ in range(8)]
+    with ThreadPoolExecutor(8) as threads:
+        applied = [name for names in threads.map(lambda app: database(app).migrate(), apps) for name in names]
+    assert applied == list(migrations())
+    for app in apps:
+        database(app).close()
+
+
+def test_a_migration_that_fails_leaves_nothing(
+    new_database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
+    broken = {**migrations(), "9999_broken": b"CREATE TABLE taskapi.half (); SELECT 1 / 0"}
+    monkeypatch.setattr("taskapi.db.migrations", lambda: broken)
+    with pytest.raises(errors.DivisionByZero):
+        database(app).migrate()
+    with database(app)._pool.connection() as conn:
+        assert conn.execute("SELECT to_regnamespace('taskapi')").fetchone() == (None,)
+    database(app).close()
+
+
+def test_a_schema_that_is_behind_is_503_until_it_is_migrated(
+    new_database: Callable[[], str], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
+    ann = Person(app.test_client(), "ann")
+    for _ in range(2):
+        response = ann.request("POST", json={"title": "t"})
+        assert_problem(response, 503)
+        assert int(response.headers["Retry-After"]) >= 1
+    assert "the schema lacks 0001_tasks, 0002_isolation" in caplog.text
+    assert "taskapi migrate" in caplog.text
+    database(app).migrate()
+    assert ann.create()["user_id"] == "ann"
+    database(app).close()
+
+
+def test_a_schema_that_is_ahead_is_served(new_database: Callable[[], str]) -> None:
+    """While a newer version is rolled out beside this one."""
+    app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
+    database(app).migrate()
+    with database(app)._pool.connection() as conn:
+        conn.execute("INSERT INTO taskapi.migrations (name) VALUES ('9999_of_a_newer_version')")
+    assert Person(app.test_client(), "ann").list() == []
+    database(app).close()
+
+
+def test_a_database_that_is_down_is_503_and_its_cause_is_told_only_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nowhere", secrets=(SECRET,)))
+    response = Person(app.test_client(), "ann").request("GET")
+    assert_problem(response, 503, detail="The database cannot answer now.")
+    assert response.headers["Retry-After"] == "1"
+    assert any(record.levelno == logging.ERROR for record in caplog.records)
+    database(app).close()
+
+
+def test_migrating_a_database_that_is_down_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = create_app(Settings(database_url="postgresql://127.0.0.1:1/nowhere", secrets=(SECRET,)))
+    result = app.test_cli_runner().invoke(args=["taskapi", "migrate"])
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: ")
+    assert result.output.count("\n") == 1
+    database(app).close()
+
+
+def test_sql_files_hold_one_statement_each_and_no_other_file_holds_any(checkout: Path) -> None:
+    for name in ON_TASKS:
+        assert ";" not in re.sub(r"--.*", "", statement(name).decode()), name
+    for module in (checkout / "taskapi").glob("*.py"):
+        assert not re.search(
+            r"\b(SELECT|INSERT INTO|UPDATE|DELETE FROM)\b.*\b(FROM|SET|VALUES|WHERE)\b", module.read_text()
+        )
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"BETTER_AUTH_SECRET": "short"}, "BETTER_AUTH_SECRET is too short"),
+        ({"BETTER_AUTH_SECRET": "é" * 15}, "BETTER_AUTH_SECRET is too short"),
+        (
+            {"BETTER_AUTH_SECRET": "change-me-to-the-secret-of-your-better-auth-server"},
+            "BETTER_AUTH_SECRET is a placeholder",
+        ),
+        ({"BETTER_AUTH_SECRET": "better-auth-secret-12345678901234567890"}, "BETTER_AUTH_SECRET is a placeholder"),
+        ({"BETTER_AUTH_SECRETS": "x" * 32}, "BETTER_AUTH_SECRETS is not of the form"),
+        ({"BETTER_AUTH_SECRETS": f"a:{'x' * 32}"}, "BETTER_AUTH_SECRETS is not of the form"),
+        ({"BETTER_AUTH_SECRETS": "2:short,1:x"}, "BETTER_AUTH_SECRET is too short"),
+        ({"BETTER_AUTH_SECRETS": ","}, "BETTER_AUTH_SECRETS is not of the form"),
+        ({"DATABASE_URL": "what://is.this"}, "DATABASE_URL is no libpq URL"),
+        ({"PORT": "x"}, "PORT is no number"),
+        ({"PORT": "-1"}, "PORT is no number"),
+        ({"PORT": "٣"}, "PORT is no number"),
+        ({"PORT": "65536"}, "PORT is 65536"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(environment: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Settings.from_env(environment)
+
+
+def test_settings_never_show_their_secrets() -> None:
+    password = secrets.token_hex(8)
+    shown = repr(Settings(database_url=f"postgresql://u:{password}@h/d", secrets=(SECRET,)))
+    assert SECRET not in shown
+    assert password not in shown
+    with pytest.raises(ConfigError) as caught:
+        Settings(database_url=f"postgresql://u:{password}@h:x y/d")
+    assert password not in str(caught.value)
+
+
+def test_a_blank_variable_counts_as_not_set() -> None:
+    assert Settings.from_env({"DATABASE_URL": " ", "BETTER_AUTH_SECRET": "", "PORT": ""}) == Settings()
