@@ -1,7 +1,14 @@
 """The database: the pool, the SQL files, one round trip as one user, and what PostgreSQL's errors mean to a client."""
 
+import contextlib
 import functools
 import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,8 +41,43 @@ SQL = _BUILT if _BUILT.is_dir() else Path(__file__).parents[1] / "sql"
 """Inside the package where that is installed, beside it in a checkout."""
 
 
+POOL_TIMEOUT = 2
+"""Seconds that a request waits for a connection."""
+
+WATCHDOG = 4
+"""Seconds after which a connection that does not answer is cut. PostgreSQL's own timeouts (begin_as_user.sql) are
+shorter; this one is for a backend or a network that is frozen and cannot keep them."""
+
+UNREACHABLE = "The database cannot be reached now."
+UNKNOWN = "The connection to the database was lost. The change may have happened or not: look before you try again."
+NOT_READY = "The database is not ready for this version now."
+
+FAULTS = {
+    "22023": NOT_READY,  # there is no role taskapi_user
+    "25006": "The database takes no changes now.",  # a standby
+    "3F000": NOT_READY,
+    "40": "The change met another one at the same time. Nothing was changed.",  # serialization failure, deadlock
+    "42501": NOT_READY,
+    "42703": NOT_READY,
+    "42P01": NOT_READY,
+    "53": "The database has no room now.",  # disk full, out of memory, too many connections
+    "55P03": "Somebody else is changing the same thing. Nothing was changed.",
+    "57": "The database is stopping, starting or too slow now.",
+    "58": "The database cannot use its files now.",
+}
+"""What PostgreSQL's errors mean to a client, by SQLSTATE or its class: 503 with these words. Any other is a defect."""
+
+
 class SchemaBehind(Exception):
     """The database is not in the state that this code relies on."""
+
+
+class ConnectionLost(Exception):
+    """A connection broke after the statement was sent: whether it was carried out is unknown."""
+
+
+class Defect(Exception):
+    """An error of PostgreSQL that no request should cause; without its detail, which quotes rows."""
 
 
 @functools.cache
@@ -59,18 +101,22 @@ class Database:
         self._url = url
         self._lent = pool
         self._schema_is_current = False
+        self._is_down = False
+        self._watchdog = Watchdog()
+
+    @property
+    def _kwargs(self) -> dict[str, Any]:
+        return {**CONNECTION, **conninfo_to_dict(self._url or ""), "autocommit": True}
 
     @functools.cached_property
     def _pool(self) -> psycopg_pool.ConnectionPool:
         """Opened at first use, and so after a server has forked: threads and sockets do not survive that."""
         if self._lent is not None:
             return self._lent
-        kwargs = {**CONNECTION, **conninfo_to_dict(self._url or ""), "autocommit": True}
         return psycopg_pool.ConnectionPool(
-            kwargs=kwargs,
+            kwargs=self._kwargs,
             min_size=1,
             max_size=8,
-            timeout=2,  # seconds that a request waits for a connection
             reconnect_timeout=2,  # seconds of back-off at most, so that a database that is back is found at once
             name="taskapi",
             open=True,
@@ -78,34 +124,92 @@ class Database:
 
     def close(self) -> None:
         """Closes the pool, unless it is lent: its owner closes that."""
+        self._watchdog.stop()
         if self._lent is None and "_pool" in self.__dict__:
             self._pool.close()
 
     def run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
         """The one row that sql/{name}.sql returns to the user `params["user_id"]`, as PostgreSQL wrote it, or None.
 
-        One round trip: in the pipeline, begin_as_user and the statement are one transaction. Ends the request with
-        503 where the database cannot answer.
+        Ends the request with 503 where the database cannot answer, after POOL_TIMEOUT and WATCHDOG at the latest. A
+        read whose connection is lost is tried once more; a change never is, for it may have happened.
         """
+        is_read = name.startswith(("get_", "list_"))
+        started = time.monotonic()
         try:
-            with self._pool.connection() as conn:
+            try:
+                return self._run(name, params)
+            except ConnectionLost:
+                if not is_read or time.monotonic() - started > 1:  # not for a frozen one: that would be to wait twice
+                    raise
+                return self._run(name, params)
+        except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
+            detail = self._meaning(error, is_read)
+            log.error(
+                "the database does not answer", extra={"statement": name, "reason": str(error).partition("\n")[0]}
+            )
+            abort(unavailable(detail))
+
+    def _meaning(self, error: psycopg.Error | ConnectionLost | SchemaBehind, is_read: bool) -> str:
+        """What a client is told of an error; raises Defect where that is nothing."""
+        if isinstance(error, ConnectionLost):
+            return UNREACHABLE if is_read else UNKNOWN
+        if isinstance(error, SchemaBehind):
+            return NOT_READY
+        if isinstance(error, psycopg_pool.PoolTimeout):
+            self._is_down = True
+            return UNREACHABLE
+        state = error.sqlstate or ""
+        detail = FAULTS.get(state) or FAULTS.get(state[:2])
+        if detail is None:
+            raise Defect(f"{state} {error.diag.message_primary}") from None
+        if detail is NOT_READY:
+            self._schema_is_current = False
+        return detail
+
+    def _run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
+        """One round trip: in the pipeline, begin_as_user and the statement are one transaction."""
+        conn = self._borrow()
+        try:
+            with self._watchdog(conn):
                 if not self._schema_is_current:
                     self._check_schema(conn)
                 with conn.pipeline():
                     conn.execute(statement("begin_as_user"), params)
                     cursor = conn.execute(statement(name), params)
+                if not conn.autocommit:  # a lent one may be set so
+                    conn.commit()
             result = cursor.pgresult
-            if result is None or not result.ntuples:
-                return None
-            return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
-        except (psycopg.OperationalError, SchemaBehind) as error:
-            log.error("%s: %s", name, error)
-            abort(unavailable("The database cannot answer now."))
+        except psycopg.Error as error:
+            if conn.closed:
+                raise ConnectionLost(str(error)) from None
+            conn.rollback()
+            raise
+        finally:
+            self._pool.putconn(conn)
+        if result is None or not result.ntuples:
+            return None
+        return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
+
+    def _borrow(self) -> psycopg.Connection[Any]:
+        """A connection that lives. After one that was waited for in vain nobody waits, until there is one again."""
+        timeout = 0.05 if self._is_down else POOL_TIMEOUT
+        while True:
+            conn = self._pool.getconn(timeout)
+            if not _is_dead(conn):
+                self._is_down = False
+                return conn
+            conn.close()
+            self._pool.putconn(conn)  # which makes another
+
+    def session(self) -> contextlib.AbstractContextManager[psycopg.Connection[Any]]:
+        """A connection for what is no request, as the login itself. Raises OperationalError with the whole cause."""
+        return self._lent.connection() if self._lent is not None else psycopg.connect(**self._kwargs)
 
     def check(self) -> None:
         """Says in the log what keeps the database from serving, if anything does."""
         try:
-            with self._pool.connection() as conn:
+            with self.session() as conn:
                 self._check_schema(conn)
         except (psycopg.OperationalError, SchemaBehind) as error:
             log.error("requests will be answered 503 until this is mended: %s", error)
@@ -132,13 +236,73 @@ class Database:
 
         Under a lock, so that processes which start together wait for the first and then find nothing to do.
         """
-        with self._pool.connection() as conn, conn.transaction():
+        with self.session() as conn, conn.transaction():
             conn.execute(statement("begin_migration"))
             missing = [name for name in migrations() if name not in applied(conn)]
             for name in missing:
                 conn.execute(migrations()[name])
                 conn.execute(statement("record_migration"), {"name": name})
         return missing
+
+
+class Watchdog:
+    """Cuts the connections that do not answer within WATCHDOG seconds, so that whoever waits for them goes on.
+
+    One thread, started with the first connection that is watched, and so after a server has forked.
+    """
+
+    def __init__(self) -> None:
+        self._watched: dict[psycopg.Connection[Any], float] = {}
+        self._stopped = threading.Event()
+
+    @contextlib.contextmanager
+    def __call__(self, conn: psycopg.Connection[Any]) -> Iterator[None]:
+        """Watches `conn` for the length of a with block."""
+        _ = self._thread
+        self._watched[conn] = time.monotonic() + WATCHDOG
+        try:
+            yield
+        finally:
+            del self._watched[conn]
+
+    @functools.cached_property
+    def _thread(self) -> threading.Thread:
+        thread = threading.Thread(target=self._work, name="taskapi-watchdog", daemon=True)
+        thread.start()
+        return thread
+
+    def _work(self) -> None:
+        while not self._stopped.wait(WATCHDOG / 8):
+            now = time.monotonic()
+            for conn, due in list(self._watched.items()):
+                if now > due:
+                    _cut(conn)
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        self._stopped.set()
+        if "_thread" in self.__dict__:
+            self._thread.join()
+
+
+def _cut(conn: psycopg.Connection[Any]) -> None:
+    """Ends a connection under the feet of the thread that waits for it."""
+    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.fileno())) as sock:
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _is_dead(conn: psycopg.Connection[Any]) -> bool:
+    """Whether a connection that was idle is gone. It has nothing to say, unless that the server closed it: to find
+    that out before anything is sent is what makes it safe to take another, even for a change."""
+    poll = select.poll()
+    poll.register(conn.fileno(), select.POLLIN)
+    if not poll.poll(0):
+        return False
+    try:
+        psycopg_pool.ConnectionPool.check_connection(conn)
+    except psycopg.Error:
+        return True
+    return False
 
 
 def applied(conn: psycopg.Connection[Any]) -> set[str]:

@@ -1,5 +1,6 @@
 """Where verification keys come from: shared secrets, and the key set that an issuer publishes (RFC 7517)."""
 
+import contextlib
 import http.client
 import logging
 import socket
@@ -80,6 +81,7 @@ class KeySet:
         self._keys: tuple[Key, ...] = ()
         self._generation = 0
         self._fetched = self._tried = float("-inf")  # when a fetch last succeeded, and last ended
+        self._started = 0.0
         self._fetching: threading.Event | None = None
         self._lock = threading.Lock()
 
@@ -87,93 +89,126 @@ class KeySet:
     def generation(self) -> int:
         """Grows whenever keys come or go: what was verified under another number is to be verified again."""
         age = time.monotonic() - self._fetched
-        if age > REFRESH and not self._cooling():
-            fetched = self._fetch()
-            if age > 2 * REFRESH and self._succeeded():
-                fetched.wait(TIMEOUT)
-        if self._keys and age > MAX_AGE:
-            self._replace(())
+        if age > REFRESH:
+            self._fetch(wait=age > 2 * REFRESH)
         return self._generation
 
     def find(self, algorithm: str, kid: str | None) -> Sequence[Any]:
         """The keys that may have signed so; none, if the issuer has none. Raises KeysUnavailable."""
         _ = self.generation
-        if not (keys := self._match(algorithm, kid)) and not self._cooling():
-            fetched = self._fetch()
-            if self._succeeded() and not fetched.wait(TIMEOUT):
-                raise KeysUnavailable
-            keys = self._match(algorithm, kid)
-        if not keys and not self._succeeded():
-            raise KeysUnavailable
-        return keys
-
-    def _match(self, algorithm: str, kid: str | None) -> Sequence[Any]:
-        return [
+        known = any(algorithm in key.algorithms and kid in (None, key.kid) for key in self._keys)
+        current = known or self._fetch(wait=True)
+        keys = [
             key.key
             for key in self._keys
             if algorithm in key.algorithms and (kid is None or key.kid is None or key.kid == kid)
         ]
+        if not keys and not current:
+            raise KeysUnavailable
+        return keys
 
-    def _cooling(self) -> bool:
-        return time.monotonic() - self._tried < COOLDOWN
+    def _fetch(self, *, wait: bool) -> bool:
+        """Starts a fetch, unless one is under way or ended just now. Returns whether the last one succeeded.
 
-    def _succeeded(self) -> bool:
-        """Whether the last fetch did: after one that failed nobody waits for the next."""
-        return self._fetched >= self._tried
-
-    def _fetch(self) -> threading.Event:
-        """Starts a fetch unless one is under way; the event is set when it has ended."""
+        Who waits does so until TIMEOUT after the fetch began, however often one request asks; and nobody waits for
+        the fetch that follows a failure.
+        """
         with self._lock:
-            if self._fetching is None:
-                self._fetching = threading.Event()
-                threading.Thread(target=self._work, args=[self._fetching], name="taskapi-jwks", daemon=True).start()
-            return self._fetching
+            now = time.monotonic()
+            if now - self._fetched > MAX_AGE:
+                self._replace(())
+            lost = now - self._started > REFRESH  # its thread is stuck in the resolver, or was left behind in a fork
+            if (self._fetching is None or lost) and now - self._tried >= COOLDOWN:
+                self._start(now)
+            fetching, patient = self._fetching, self._fetched >= self._tried or now - self._tried > REFRESH
+        if fetching and wait and patient:
+            fetching.wait(self._started + TIMEOUT - now)
+        return self._fetching is None and self._fetched >= self._tried
+
+    def _start(self, now: float) -> None:
+        self._started = now
+        self._fetching = threading.Event()
+        try:
+            threading.Thread(target=self._work, args=[self._fetching], name="taskapi-jwks", daemon=True).start()
+        except RuntimeError as error:  # no more threads
+            self._fetching, self._tried = None, now
+            self._log_failure(error)
 
     def _work(self, ended: threading.Event) -> None:
+        keys = None
         try:
             keys = usable_keys(fetch(self._url))
         except Exception as error:
-            log.warning("key set refresh failed", extra={"url": self._url, "reason": str(error)})
-            self._tried = time.monotonic()
-        else:
-            self._replace(keys)
-            self._fetched = self._tried = time.monotonic()
+            self._log_failure(error)
         finally:
-            self._fetching = None
+            with self._lock:
+                if ended is self._fetching:
+                    self._end(keys)
             ended.set()
+
+    def _end(self, keys: tuple[Key, ...] | None) -> None:
+        now = time.monotonic()
+        if keys is not None:
+            self._replace(keys)
+            self._fetched = now
+        self._tried = now
+        self._fetching = None
 
     def _replace(self, keys: tuple[Key, ...]) -> None:
         if keys != self._keys:
             self._keys = keys
             self._generation += 1
 
+    def _log_failure(self, error: Exception) -> None:
+        parts = urlsplit(self._url)  # the rest may hold a password
+        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        log.warning("key set refresh failed", extra={"url": url, "reason": str(error)[:200]})
+
 
 def fetch(url: str) -> bytes:
-    """What is at `url`, within TIMEOUT once connected. Raises OSError, HTTPException or ValueError; follows no redirect."""
+    """What is at `url`, within TIMEOUT once connected; a redirect is not followed.
+
+    Raises OSError, HTTPException or ValueError.
+    """
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT)
-
-    def give_up() -> None:  # a socket's own timeout begins anew with every byte
-        if connection.sock:
-            connection.sock.shutdown(socket.SHUT_RDWR)
-
-    timer = threading.Timer(TIMEOUT, give_up)
-    timer.daemon = True
+    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     try:
         connection.connect()
+        # A socket's own timeout begins anew with every byte, and `connection` forgets its socket before the body.
+        timer = threading.Timer(TIMEOUT, _shut_down, [connection.sock])
+        timer.daemon = True
+        deadline = time.monotonic() + TIMEOUT
         timer.start()
-        connection.request("GET", parts.path + (f"?{parts.query}" if parts.query else ""), headers={"Accept": "*/*"})
-        response = connection.getresponse()
-        if response.status != 200:
-            raise ValueError(f"it answered {response.status}")
-        raw = response.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        return raw
+        try:
+            connection.request("GET", target, headers={"Accept": "*/*"})
+            with connection.getresponse() as response:
+                return _body(response)
+        except Exception:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"it took more than {TIMEOUT} s") from None
+            raise
+        finally:
+            timer.cancel()
     finally:
-        timer.cancel()
         connection.close()
+
+
+def _shut_down(sock: socket.socket) -> None:
+    with contextlib.suppress(OSError):  # the other side was faster
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _body(response: http.client.HTTPResponse) -> bytes:
+    if response.status != 200:
+        raise ValueError(f"it answered {response.status}")
+    raw = response.read(MAX_BYTES + 1)
+    if len(raw) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    if response.length:
+        raise ValueError("it broke off")
+    return raw
 
 
 def usable_keys(raw: bytes) -> tuple[Key, ...]:

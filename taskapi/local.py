@@ -104,7 +104,7 @@ class Cluster:
         with contextlib.ExitStack() as stack:
             while self._status() != "ready" or not self._listens():
                 if self._process is None and not self._listens():
-                    self._disown_pid_file()
+                    self._disown_lock_files()
                     self._process = stack.enter_context(_ended_on_error(self._popen_postgres()))
                 if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
                     raise ConfigError(f"the embedded PostgreSQL does not start: see {self.folder / 'postgres.log'}")
@@ -149,13 +149,15 @@ class Cluster:
         if (found.st_uid, found.st_mode) != (owner.pw_uid, 0o40700):
             raise ConfigError(f"{self._socket} is not ours: remove it")
 
-    def _disown_pid_file(self) -> None:
-        """Nobody listens, so the process that postmaster.pid names is gone, and its number may be another's by now.
-        postgres would refuse to start then; our own number, its parent's, it takes for stale. Removing the file would
-        remove a guard with it: the shared memory that it names."""
+    def _disown_lock_files(self) -> None:
+        """Nobody listens, so the process that the lock files name is gone, and its number may be another's by now.
+        postgres would refuse to start then; our own number, its parent's, it takes for stale. Removing postmaster.pid
+        would remove a guard with it: the shared memory that it names. The socket's lock guards nothing else."""
         with contextlib.suppress(FileNotFoundError):
             _, *rest = self._pid_file().read_text().splitlines() or [""]
             self._pid_file().write_text("\n".join([str(os.getpid()), *rest]) + "\n")
+        for left in self._socket.iterdir():
+            left.unlink()
 
     def _pid_file(self) -> Path:
         return self._data / "postmaster.pid"

@@ -12,6 +12,7 @@ from werkzeug.routing import BaseConverter, Rule
 
 from . import auth, cors, problems, schemas
 from .db import database
+from .logs import event
 
 bp = Blueprint("taskapi", __name__)
 bp.before_request(auth.guard)
@@ -52,7 +53,9 @@ def list_tasks(user_id: str) -> Response:
 @bp.post(LIST, **OPTIONS)
 def create_task(user_id: str) -> Response:
     person = {"email": g.taskapi_user.email, "name": g.taskapi_user.name}
-    body, id = _run("create_task", **schemas.load(schemas.TASK), **person)
+    body, id, is_new = _run("create_task", **schemas.load(schemas.TASK), **person)
+    if is_new == b"t":
+        event("new user", user=user_id)
     location = url_for(".get_task", user_id=user_id, id=id.decode())
     return Response(body, 201, {"Location": location}, mimetype="application/json")
 
@@ -69,7 +72,9 @@ def update_task(user_id: str, id: str) -> Response:
 
 @bp.delete(ITEM, **OPTIONS)
 def delete_task(user_id: str, id: str) -> Response:
-    return _task("delete_task", id=_id(id))
+    answer = _task("delete_task", id=_id(id))
+    event("deleted", user=user_id, task=id)
+    return answer
 
 
 @bp.patch(STATE, **OPTIONS)

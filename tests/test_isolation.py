@@ -8,12 +8,14 @@ from typing import Any
 
 import psycopg
 import pytest
+from flask import Flask
 from flask.testing import FlaskClient
 from psycopg import errors
 from psycopg.conninfo import make_conninfo
+from werkzeug.exceptions import HTTPException
 
 from taskapi import Settings, create_app
-from taskapi.db import Database, database, statement
+from taskapi.db import Defect, database, statement
 from tests.people import SECRET, Person, assert_problem
 from tests.test_database import ON_TASKS
 
@@ -127,7 +129,7 @@ def unguarded(new_database: Callable[[], str]) -> Iterator[FlaskClient]:
     """The API on a database whose policies are gone."""
     app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
     database(app).migrate()
-    with database(app)._pool.connection() as conn:
+    with database(app).session() as conn:
         for table in ("tasks", "users"):
             conn.execute(f"ALTER TABLE taskapi.{table} DISABLE ROW LEVEL SECURITY".encode())
     yield app.test_client()
@@ -205,33 +207,29 @@ SHOWN = """
 """
 
 
-def settings_of(db: Database) -> Any:
-    with db._pool.connection() as conn:
-        return conn.execute(SHOWN).fetchone()
-
-
 @pytest.mark.parametrize(
     ("sql", "error"),
     [
         (b"SELECT 1", None),
-        (b"SELECT 1 / 0", errors.DivisionByZero),
-        (b"SELECT * FROM taskapi.nothing", errors.UndefinedTable),
-        (b"no SQL", errors.SyntaxError),
+        (b"SELECT 1 / 0", Defect),
+        (b"no SQL", Defect),
+        (b"SELECT * FROM taskapi.nothing", HTTPException),
+        (b"SELECT pg_sleep(9) FROM set_config('statement_timeout', '50ms', true)", HTTPException),
+        (b"SELECT pg_terminate_backend(pg_backend_pid())", HTTPException),
     ],
 )
 def test_no_setting_survives_a_request(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, sql: bytes, error: type[Exception] | None
+    app: Flask, monkeypatch: pytest.MonkeyPatch, sql: bytes, error: type[Exception] | None
 ) -> None:
-    db = Database(database_url)
-    before = settings_of(db)
-    db.check()
+    db = database(app)
     real = statement
     monkeypatch.setattr("taskapi.db.statement", lambda name: sql if name == "it" else real(name))
-    if error is None:
-        assert db.run("it", {"user_id": "ann"}) is not None
-    else:
-        with pytest.raises(error):
-            db.run("it", {"user_id": "ann"})
-    assert settings_of(db) == before
-    assert before[:2] == (True, True)
-    db.close()
+    with app.test_request_context():
+        if error is None:
+            assert db.run("it", {"user_id": "ann"}) is not None
+        else:
+            with pytest.raises(error):
+                db.run("it", {"user_id": "ann"})
+    for _ in range(9):  # every connection of the pool
+        with db._pool.connection() as conn:
+            assert conn.execute(SHOWN).fetchone() == (True, True, "0")
