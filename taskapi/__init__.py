@@ -6,7 +6,7 @@ import psycopg_pool
 from flask import Flask
 from flask.cli import AppGroup
 
-from . import auth, db, limits, problems, tasks
+from . import auth, db, health, limits, logs, problems, tasks
 from .config import ConfigError, Settings
 
 __all__ = ["ConfigError", "Settings", "create_app", "init_app"]
@@ -15,7 +15,9 @@ __all__ = ["ConfigError", "Settings", "create_app", "init_app"]
 def create_app(settings: Settings | None = None) -> Flask:
     """The API as an app of its own, by `settings` or else by the environment."""
     app = Flask(__name__, static_folder=None)
+    logs.log_requests(app)
     init_app(app, settings)
+    health.init_app(app)
     problems.handle(app)
     return app
 

@@ -136,11 +136,17 @@ class Guard:
         self._keep(token, Verified(trust.keys, generation, not_before, expires, user))
         return user
 
+    def is_ready(self) -> bool:
+        """Whether there are keys to verify tokens with."""
+        return any(trust.keys.is_ready() for trust in self._trusted.values())
+
     def _keep(self, token: str, verified: Verified) -> None:
+        digest = _digest(token)
         with self._lock:
+            self._verified.pop(digest, None)  # verified anew, or by two at once: the newest now
             while len(self._verified) >= MAX_VERIFIED:
                 del self._verified[next(iter(self._verified))]  # the oldest
-            self._verified[_digest(token)] = verified
+            self._verified[digest] = verified
 
     def _user_id(self, claims: dict[str, Any]) -> str:
         for path in self.settings.user_claims:

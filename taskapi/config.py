@@ -41,6 +41,7 @@ class Settings:
     cors_origins: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8000
+    web_concurrency: int = 1
     trusted_proxy: str | None = None
 
     def __post_init__(self) -> None:
@@ -85,6 +86,8 @@ class Settings:
     def _check_server(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"PORT is {self.port}: choose one from 0 (any free one) to 65535")
+        if not 1 <= self.web_concurrency <= 64:
+            raise ConfigError(f"WEB_CONCURRENCY is {self.web_concurrency}: set how many processes serve, from 1 to 64")
 
     @property
     def key_set_url(self) -> str | None:
@@ -114,10 +117,13 @@ def _is_http(url: str) -> bool:
     return parts.scheme in ("http", "https") and bool(parts.hostname)
 
 
-def _port(value: str) -> int:
-    if not (value.isascii() and value.isdigit()):
-        raise ConfigError("PORT is no number: choose one from 0 (any free one) to 65535")
-    return int(value)
+def _number(name: str, remedy: str) -> Callable[[str], int]:
+    def parse(value: str) -> int:
+        if not (value.isascii() and value.isdigit() and len(value) < 10):
+            raise ConfigError(f"{name} is no number: {remedy}")
+        return int(value)
+
+    return parse
 
 
 def _names(value: str) -> tuple[str, ...]:
@@ -147,6 +153,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CORS_ORIGINS": ("cors_origins", _names),
     "TRUSTED_PROXY": ("trusted_proxy", str),
     "HOST": ("host", str),
-    "PORT": ("port", _port),
+    "PORT": ("port", _number("PORT", "choose one from 0 (any free one) to 65535")),
+    "WEB_CONCURRENCY": ("web_concurrency", _number("WEB_CONCURRENCY", "set how many processes serve, from 1 to 64")),
 }
 """Each variable of the environment, with the setting that it fills and how it is read."""

@@ -19,7 +19,8 @@ def expose(response: Response) -> Response:
         return response
     headers = response.headers
     headers["Access-Control-Allow-Origin"] = origin
-    if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+    is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers
+    if is_preflight and "Allow" in headers:  # else it is a host's answer: closed, too many requests
         headers["Access-Control-Allow-Methods"] = headers["Allow"]
         headers["Access-Control-Allow-Headers"] = ALLOWED
         headers["Access-Control-Max-Age"] = MAX_AGE

@@ -3,24 +3,22 @@
 import contextlib
 import functools
 import logging
-import os
 import select
-import socket
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import psycopg
 import psycopg_pool
-from flask import Flask, abort, current_app
+from flask import Flask, abort, current_app, g
 from flask.cli import with_appcontext
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 
+from . import pipeline
 from .config import ConfigError
+from .pipeline import ConnectionLost
 from .problems import unavailable
 
 log = logging.getLogger(__name__)
@@ -44,8 +42,8 @@ SQL = _BUILT if _BUILT.is_dir() else Path(__file__).parents[1] / "sql"
 POOL_TIMEOUT = 2
 """Seconds that a request waits for a connection."""
 
-WATCHDOG = 4
-"""Seconds after which a connection that does not answer is cut. PostgreSQL's own timeouts (begin_as_user.sql) are
+DEADLINE = 4
+"""Seconds after which a connection that does not answer is given up. PostgreSQL's own timeouts (begin_as_user.sql) are
 shorter; this one is for a backend or a network that is frozen and cannot keep them."""
 
 UNREACHABLE = "The database cannot be reached now."
@@ -70,10 +68,6 @@ FAULTS = {
 
 class SchemaBehind(Exception):
     """The database is not in the state that this code relies on."""
-
-
-class ConnectionLost(Exception):
-    """A connection broke after the statement was sent: whether it was carried out is unknown."""
 
 
 class Defect(Exception):
@@ -102,7 +96,6 @@ class Database:
         self._lent = pool
         self._schema_is_current = False
         self._is_down = False
-        self._watchdog = Watchdog()
 
     @property
     def _kwargs(self) -> dict[str, Any]:
@@ -117,6 +110,7 @@ class Database:
             kwargs=self._kwargs,
             min_size=1,
             max_size=8,
+            configure=_configure,
             reconnect_timeout=2,  # seconds of back-off at most, so that a database that is back is found at once
             name="taskapi",
             open=True,
@@ -124,14 +118,13 @@ class Database:
 
     def close(self) -> None:
         """Closes the pool, unless it is lent: its owner closes that."""
-        self._watchdog.stop()
         if self._lent is None and "_pool" in self.__dict__:
             self._pool.close()
 
     def run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
         """The one row that sql/{name}.sql returns to the user `params["user_id"]`, as PostgreSQL wrote it, or None.
 
-        Ends the request with 503 where the database cannot answer, after POOL_TIMEOUT and WATCHDOG at the latest. A
+        Ends the request with 503 where the database cannot answer, after POOL_TIMEOUT and DEADLINE at the latest. A
         read whose connection is lost is tried once more; a change never is, for it may have happened.
         """
         is_read = name.startswith(("get_", "list_"))
@@ -145,10 +138,10 @@ class Database:
                 return self._run(name, params)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             detail = self._meaning(error, is_read)
-            log.error(
-                "the database does not answer", extra={"statement": name, "reason": str(error).partition("\n")[0]}
-            )
+            log.error("the database does not answer", extra={"statement": name, "reason": _first_line(error)})
             abort(unavailable(detail))
+        finally:
+            g.taskapi_database = time.monotonic() - started
 
     def _meaning(self, error: psycopg.Error | ConnectionLost | SchemaBehind, is_read: bool) -> str:
         """What a client is told of an error; raises Defect where that is nothing."""
@@ -168,26 +161,14 @@ class Database:
         return detail
 
     def _run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
-        """One round trip: in the pipeline, begin_as_user and the statement are one transaction."""
         conn = self._borrow()
         try:
-            with self._watchdog(conn):
-                if not self._schema_is_current:
-                    self._check_schema(conn)
-                with conn.pipeline():
-                    conn.execute(statement("begin_as_user"), params)
-                    cursor = conn.execute(statement(name), params)
-                if not conn.autocommit:  # a lent one may be set so
-                    conn.commit()
-            result = cursor.pgresult
-        except psycopg.Error as error:
-            if conn.closed:
-                raise ConnectionLost(str(error)) from None
-            conn.rollback()
-            raise
+            if not self._schema_is_current:
+                self._check_schema(conn)
+            result = pipeline.run(conn, [statement("begin_as_user"), statement(name)], params, DEADLINE)
         finally:
             self._pool.putconn(conn)
-        if result is None or not result.ntuples:
+        if not result.ntuples:
             return None
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
@@ -206,20 +187,35 @@ class Database:
         """A connection for what is no request, as the login itself. Raises OperationalError with the whole cause."""
         return self._lent.connection() if self._lent is not None else psycopg.connect(**self._kwargs)
 
+    def is_ready(self) -> bool:
+        """Whether the database answers and its schema is current; the cause is logged where not."""
+        try:
+            conn = self._borrow()
+            try:
+                self._check_schema(conn)
+            finally:
+                self._pool.putconn(conn)
+        except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
+            self._is_down = isinstance(error, psycopg_pool.PoolTimeout)
+            log.error("not ready", extra={"reason": _first_line(error)})
+            return False
+        return True
+
     def check(self) -> None:
         """Says in the log what keeps the database from serving, if anything does."""
         try:
             with self.session() as conn:
                 self._check_schema(conn)
-        except (psycopg.OperationalError, SchemaBehind) as error:
-            log.error("requests will be answered 503 until this is mended: %s", error)
+        except (psycopg.OperationalError, ConnectionLost, SchemaBehind) as error:
+            log.error("requests are answered 503 until this is mended", extra={"reason": _first_line(error)})
 
     def _check_schema(self, conn: psycopg.Connection[Any]) -> None:
         """Raises SchemaBehind until every migration is there. More than these are fine: a newer version's."""
+        names = [statement("begin_as_user"), statement("list_migrations")]
         try:
-            with conn.transaction():
-                conn.execute(statement("begin_as_user"), {"user_id": ""})
-                missing = migrations().keys() - applied(conn)
+            result = pipeline.run(conn, names, {"user_id": ""}, DEADLINE)
+            found = {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
+            missing = migrations().keys() - found
         except (errors.UndefinedTable, errors.InvalidSchemaName, errors.InvalidParameterValue):  # no such role yet
             missing = set(migrations())
         except errors.InsufficientPrivilege:
@@ -245,50 +241,17 @@ class Database:
         return missing
 
 
-class Watchdog:
-    """Cuts the connections that do not answer within WATCHDOG seconds, so that whoever waits for them goes on.
-
-    One thread, started with the first connection that is watched, and so after a server has forked.
-    """
-
-    def __init__(self) -> None:
-        self._watched: dict[psycopg.Connection[Any], float] = {}
-        self._stopped = threading.Event()
-
-    @contextlib.contextmanager
-    def __call__(self, conn: psycopg.Connection[Any]) -> Iterator[None]:
-        """Watches `conn` for the length of a with block."""
-        _ = self._thread
-        self._watched[conn] = time.monotonic() + WATCHDOG
-        try:
-            yield
-        finally:
-            del self._watched[conn]
-
-    @functools.cached_property
-    def _thread(self) -> threading.Thread:
-        thread = threading.Thread(target=self._work, name="taskapi-watchdog", daemon=True)
-        thread.start()
-        return thread
-
-    def _work(self) -> None:
-        while not self._stopped.wait(WATCHDOG / 8):
-            now = time.monotonic()
-            for conn, due in list(self._watched.items()):
-                if now > due:
-                    _cut(conn)
-
-    def stop(self) -> None:
-        """Ends the thread."""
-        self._stopped.set()
-        if "_thread" in self.__dict__:
-            self._thread.join()
+def _first_line(error: Exception) -> str:
+    """What an error of libpq says, without the detail below, which may quote a row."""
+    return str(error).partition("\n")[0]
 
 
-def _cut(conn: psycopg.Connection[Any]) -> None:
-    """Ends a connection under the feet of the thread that waits for it."""
-    with contextlib.suppress(OSError, psycopg.Error), socket.socket(fileno=os.dup(conn.fileno())) as sock:
-        sock.shutdown(socket.SHUT_RDWR)
+def _configure(conn: psycopg.Connection[Any]) -> None:
+    """Finds out whether a pooler stands between, for behind one (PgBouncer before 1.21) prepared statements are lost:
+    what it calls the backend's process is not what the backend calls itself."""
+    pid = pipeline.run(conn, [statement("backend_pid")], {}, DEADLINE).get_value(0, 0)
+    if pid != str(conn.info.backend_pid).encode():
+        conn.prepare_threshold = None
 
 
 def _is_dead(conn: psycopg.Connection[Any]) -> bool:

@@ -102,7 +102,7 @@ class Cluster:
         self._make_socket_folder()
         deadline = time.monotonic() + START_TIMEOUT
         with contextlib.ExitStack() as stack:
-            while self._status() != "ready" or not self._listens():
+            while not (self._is_ready() and self._listens()):
                 if self._process is None and not self._listens():
                     self._disown_lock_files()
                     self._process = stack.enter_context(_ended_on_error(self._popen_postgres()))
@@ -117,7 +117,7 @@ class Cluster:
                 break
             deadline = time.monotonic() + STOP_TIMEOUT
             with contextlib.suppress(OSError, ValueError, IndexError):
-                os.kill(int(self._pid_file().read_text().split()[0]), signal_number)
+                os.kill(int(self._pid_file_lines()[0]), signal_number)
             while self._pid_file().exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
         if self._process:
@@ -154,20 +154,24 @@ class Cluster:
         postgres would refuse to start then; our own number, its parent's, it takes for stale. Removing postmaster.pid
         would remove a guard with it: the shared memory that it names. The socket's lock guards nothing else."""
         with contextlib.suppress(FileNotFoundError):
-            _, *rest = self._pid_file().read_text().splitlines() or [""]
-            self._pid_file().write_text("\n".join([str(os.getpid()), *rest]) + "\n")
+            _, *rest = self._pid_file_lines()
+            self._pid_file().write_bytes(b"\n".join([b"%d" % os.getpid(), *rest]))
         for left in self._socket.iterdir():
             left.unlink()
 
     def _pid_file(self) -> Path:
         return self._data / "postmaster.pid"
 
-    def _status(self) -> str:
-        """The last line of postmaster.pid: starting, ready, stopping."""
+    def _pid_file_lines(self) -> list[bytes]:
+        """As bytes: the second is a path, which is no text of any encoding."""
+        return self._pid_file().read_bytes().split(b"\n")
+
+    def _is_ready(self) -> bool:
+        """What postmaster.pid says last: starting, ready, stopping."""
         try:
-            return self._pid_file().read_text().splitlines()[7].strip()
+            return self._pid_file_lines()[7].strip() == b"ready"
         except (FileNotFoundError, IndexError):
-            return ""
+            return False
 
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as sock:

@@ -1,15 +1,40 @@
-"""What an operator reads: events, with who and what, and never a token, a secret or a task's text."""
+"""What an operator reads: one line an event, with who and what, and never a token, a secret or a task's text."""
 
 import logging
 import re
 import secrets
-from typing import Any
+import sys
+import time
+from typing import Any, TextIO
 
-from flask import g, request
+from flask import Flask, Response, g, request
+from pythonjsonlogger.json import JsonFormatter
 
 log = logging.getLogger("taskapi")
 
 _SANE = re.compile(r"[\w.~+/=:@-]{1,128}", re.ASCII)
+_USUAL = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
+
+
+class ReadableFormatter(logging.Formatter):
+    """A line for a person at a terminal: the time, the level, what happened, and its members."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        members = [f"{k}={v}" for k, v in record.__dict__.items() if k not in _USUAL and v is not None]
+        return " ".join([super().format(record), *members])
+
+
+def configure(stream: TextIO = sys.stderr) -> None:
+    """Sets up the logging of this process: for a person where `stream` is a terminal, as JSON elsewhere."""
+    handler = logging.StreamHandler(stream)
+    if stream.isatty():
+        handler.setFormatter(ReadableFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
+    else:
+        renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
+        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=renamed))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that waits for a thread
 
 
 def request_id() -> str:
@@ -23,5 +48,44 @@ def request_id() -> str:
 
 def event(name: str, **fields: Any) -> None:
     """One line about the request that is served now. The route is told, not the path: a path may hold anything."""
-    route = request.url_rule and f"{request.method} {request.url_rule.rule}"
-    log.info(name, extra={"route": route, "client": request.remote_addr, "request_id": request_id(), **fields})
+    log.info(name, extra={**_about_request(), **fields})
+
+
+def tell_request_id(response: Response) -> Response:
+    """Sends the request's id back; the blueprint's after_request hook."""
+    response.headers["X-Request-ID"] = request_id()
+    return response
+
+
+def log_requests(app: Flask) -> None:
+    """One line for every request of `app`, with what became of it and how long that took, in milliseconds."""
+
+    @app.before_request
+    def begin() -> None:
+        g.taskapi_began = time.perf_counter()
+
+    @app.after_request
+    def end(response: Response) -> Response:
+        user = g.get("taskapi_user")
+        event(
+            "request",
+            status=response.status_code,
+            duration=_milliseconds(time.perf_counter() - g.taskapi_began),
+            database=_milliseconds(g.get("taskapi_database", 0)),
+            user=user and user.id,
+        )
+        return tell_request_id(response)
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(seconds * 1000, 2)
+
+
+def _about_request() -> dict[str, Any]:
+    rule = request.url_rule
+    return {
+        "method": request.method,
+        "route": rule and rule.rule,
+        "client": request.remote_addr,
+        "request_id": request_id(),
+    }

@@ -1,43 +1,72 @@
 """`python wsgi.py`: this API under waitress, on the open internet."""
 
 import contextlib
+import functools
 import logging
 import os
+import resource
+import select
 import signal
 import socket
 import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 import click
 from flask import Flask
+from waitress import wasyncore
+from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import FixedStreamReceiver
-from waitress.server import BaseWSGIServer, create_server
-from waitress.task import ErrorTask, WSGITask
+from waitress.server import TcpWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-from . import auth, create_app, local, problems
+from . import auth, create_app, local, logs, problems
 from .config import ConfigError, Settings
-from .db import database
+from .db import Database, database
 from .schemas import MAX_BODY
+
+log = logging.getLogger(__name__)
 
 MAX_DROPPED = 1024 * 1024
 """Bytes of a body over the limit that are read, and dropped, so that its sender lives to see the answer. Whoever
 announces more is answered at once, and the connection closed."""
 
+BACKLOG = 1024
+"""Connections of a burst that the kernel keeps for us before it refuses."""
+
+MAX_CONNECTIONS = 2_000
+"""Open connections at most; for one more the longest idle is closed."""
+
+IDLE_TIMEOUT = 30
+"""Seconds for which a connection may be silent."""
+
+REQUEST_TIMEOUT = 30
+"""Seconds that a request may take to arrive, whole, and an answer to be read."""
+
+LINGER = 1
+"""Seconds for which a server that ends still answers on idle connections: a request may be on its way."""
+
+DRAIN = 30
+"""Seconds that a server which ends gives to requests under way and to answers that are being read."""
+
+HEALTH_PATHS = {"/livez", "/readyz"}
+END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 WAITRESS: dict[str, Any] = {
     "threads": 4,  # no more than connections in the pool: a thread without one would only wait
-    "backlog": 1024,  # what a burst may queue before the kernel refuses
-    "connection_limit": 500,  # each costs a file descriptor and buffers
-    "channel_timeout": 30,  # seconds: idle connections make room for others
-    "cleanup_interval": 5,  # seconds: how soon they are found
+    "backlog": BACKLOG,
+    "cleanup_interval": 5,  # seconds: how soon those are found that took too long
+    "outbuf_high_watermark": 2**40,  # bytes: no thread waits for a slow reader; what is over 1 MiB lies on the disk
     "max_request_header_size": 16_384,  # a token, a cookie and a long URL
     "max_request_body_size": MAX_DROPPED + 1,  # the limit itself is the app's, see Parser
-    "asyncore_use_poll": True,  # select() ends the process at the 1,025th descriptor
     "ident": None,  # say little
     "expose_tracebacks": False,
     "log_socket_errors": False,  # clients vanish all the time
@@ -113,10 +142,16 @@ class Answer(WSGITask):
         if self.wrote_header or not self.has_body or len(data) != self.content_length:
             super().write(data)
             return
-        head: bytes = self.build_response_header()
+        head = self.build_response_header()
         self.wrote_header = True
         self.content_bytes_written = len(data)
         self.channel.write_soon(head + data)
+
+    def build_response_header(self) -> bytes:
+        if self.channel.server.is_stopping:
+            self.set_close_on_finish()  # the next request belongs to another process
+        head: bytes = super().build_response_header()
+        return head
 
 
 class Refusal(ErrorTask):
@@ -144,6 +179,30 @@ class Channel(HTTPChannel):
     parser_class = Parser
     task_class = Answer
     error_task_class = Refusal
+    waiting_since: float | None = None
+    """Since when we wait for the rest of a request, or for an answer to be read."""
+
+    def __init__(self, server: "Server", *args: Any, **kwargs: Any) -> None:
+        super().__init__(server, *args, **kwargs)
+        self.waiting_since = self.last_activity
+        server.changed.append(self)
+
+    def received(self, data: bytes) -> bool:
+        more: bool = super().received(data)
+        if self.request is None:
+            self.waiting_since = None
+        elif self.waiting_since is None:
+            self.waiting_since = time.time()
+        return more
+
+    def handle_write(self) -> None:
+        super().handle_write()
+        if not self.total_outbufs_len:
+            self.waiting_since = None
+
+    def service(self) -> None:
+        self.server.serving.channel = self
+        super().service()
 
     def write_soon(self, data: bytes) -> int:
         if not self.connected or self.total_outbufs_len or not isinstance(data, bytes):
@@ -151,30 +210,141 @@ class Channel(HTTPChannel):
         with self.outbuf_lock:
             sent: int = self.send(data, do_close=False)
         if sent < len(data):
+            self.waiting_since = time.time()
             return sent + int(super().write_soon(data[sent:]))
         self.last_activity = time.time()
         return sent
+
+    def is_idle(self) -> bool:
+        """Whether nothing has arrived that is not answered, and no answer is on its way."""
+        return not (self.requests or self.total_outbufs_len or (self.request and self.request.header_bytes_received))
+
+    def del_channel(self, map: Any = None) -> None:
+        self.server.forget(self._fileno)
+        super().del_channel(map)
+
+
+class Server(TcpWSGIServer):
+    """waitress's server with a main loop that looks at the connections where something happened, not at all of them;
+    that makes room for new clients; and that ends without losing a request."""
+
+    channel_class = Channel
+    next_channel_cleanup: float
+
+    def __init__(self, app: Flask, sock: socket.socket, trusted_proxy: str | None = None) -> None:
+        """Serves `app` on a listening socket. A client's address is the last that the trusted proxy reports, or else
+        the connection's own."""
+        proxy = {"trusted_proxy": trusted_proxy, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
+        adjustments = Adjustments(sockets=[sock], **WAITRESS, **(proxy if trusted_proxy else {}))
+        self.is_stopping = False
+        self.changed: deque[Channel] = deque()  # connections that a thread, or a birth, left in another state
+        self.serving = threading.local()  # the connection whose request a thread works at
+        self._poll = select.poll()
+        self._watched: dict[int, int] = {}
+        self._health = ThreadedTaskDispatcher()
+        self._health.set_thread_count(1)
+        info = (sock.family, sock.type, sock.proto, sock.getsockname())
+        super().__init__(app, {}, True, sock, adj=adjustments, bind_socket=False, sockinfo=info)
+
+    def serve(self, goes_on: Callable[[], bool] = lambda: True) -> None:
+        """Serves until `stop` is called, or `goes_on` says no; then finishes what has arrived."""
+        self._watch(self)
+        self._watch(self.trigger)
+        while goes_on() and not self.is_stopping:
+            self._step(1)
+        self._drain()
+
+    def stop(self, *_: object) -> None:
+        """Ends `serve`; a signal handler."""
+        self.is_stopping = True
+        self.pull_trigger()
+
+    def pull_trigger(self) -> None:
+        """Wakes the main loop, for the connection whose request this thread works at."""
+        if channel := getattr(self.serving, "channel", None):
+            self.changed.append(channel)
+        super().pull_trigger()
+
+    def add_task(self, channel: Channel) -> None:
+        """Health is asked for in a thread of its own, so that it is answered when all others are busy."""
+        path = getattr(channel.requests[0], "path", None)
+        (self._health if path in HEALTH_PATHS else self.task_dispatcher).add_task(channel)
+
+    def handle_accept(self) -> None:
+        """Makes room for a new client, if need be, by closing the connection that was idle for longest."""
+        if len(self.active_channels) >= MAX_CONNECTIONS:
+            idle = [channel for channel in self.active_channels.values() if channel.is_idle()]
+            if idle:
+                min(idle, key=lambda channel: channel.last_activity).handle_close()
+        super().handle_accept()
+
+    def maintenance(self, now: float) -> None:
+        """Closes connections that were idle, or busy with one request or answer, for too long."""
+        for channel in list(self.active_channels.values()):
+            is_late = now - (channel.waiting_since or now) > REQUEST_TIMEOUT
+            if not channel.requests and (is_late or now - channel.last_activity > IDLE_TIMEOUT):
+                channel.handle_close()
+
+    def forget(self, descriptor: int) -> None:
+        """Looks no more at a connection that is closed."""
+        if self._watched.pop(descriptor, 0):
+            self._poll.unregister(descriptor)
+
+    def _step(self, timeout: float) -> None:
+        while self.changed:
+            self._watch(self.changed.popleft())
+        for descriptor, flags in self._poll.poll(timeout * 1000):
+            if (dispatcher := self._map.get(descriptor)) is not None:
+                wasyncore.readwrite(dispatcher, flags)
+                self._watch(dispatcher)
+        now = time.time()
+        if now >= self.next_channel_cleanup:
+            self.next_channel_cleanup = now + self.adj.cleanup_interval
+            self.maintenance(now)
+
+    def _watch(self, dispatcher: Any) -> None:
+        """Tells the kernel what to wake us for: what may be read, and what waits to be written."""
+        descriptor = dispatcher._fileno
+        if self._map.get(descriptor) is not dispatcher:
+            return
+        reads = dispatcher is self or dispatcher.readable()
+        flags = (select.POLLIN if reads else 0) | (select.POLLOUT if dispatcher.writable() else 0)
+        if not flags:
+            self.forget(descriptor)
+        elif self._watched.get(descriptor) != flags:
+            self._watched[descriptor] = flags
+            self._poll.register(descriptor, flags)
+
+    def _drain(self) -> None:
+        """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
+        known = -1
+        while known != len(self.active_channels):
+            known = len(self.active_channels)
+            self.handle_accept()
+        self.forget(self._fileno)
+        wasyncore.dispatcher.close(self)
+        started = time.monotonic()
+        while (passed := time.monotonic() - started) < DRAIN and self.active_channels:
+            if passed > LINGER:
+                for channel in list(self.active_channels.values()):
+                    if channel.is_idle():
+                        channel.handle_close()
+            self._step(0.05)
+        for dispatcher in (self.task_dispatcher, self._health):
+            dispatcher.shutdown()
+        for channel in list(self.active_channels.values()):
+            channel.handle_close()
+        self.trigger.close()
 
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; raises ConfigError where there can be none."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=WAITRESS["backlog"])
+        return socket.create_server(address[:2], family=family, backlog=BACKLOG)
     except (OSError, UnicodeError) as error:  # UnicodeError: no host can have that name
         why = str(getattr(error, "strerror", "no host's name")).partition(" (while")[0]  # Python repeats the address
         raise ConfigError(f"cannot listen on {host}:{port} ({why}): set HOST or PORT") from None
-
-
-def server(app: Flask, sock: socket.socket, trusted_proxy: str | None = None) -> BaseWSGIServer:
-    """A waitress server of `app` on a listening socket; `run()` serves until SystemExit or KeyboardInterrupt.
-
-    The client's address is the last that the trusted proxy reports, or else the connection's own.
-    """
-    proxy = {"trusted_proxy": trusted_proxy, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
-    made = create_server(app, sockets=[sock], **WAITRESS, **(proxy if trusted_proxy else {}))
-    made.channel_class = Channel
-    return made
 
 
 def main(folder: Path) -> None:
@@ -183,35 +353,89 @@ def main(folder: Path) -> None:
 
     Ends the process with status 1 and one line where it cannot start.
     """
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
-            signal.signal(number, _stop)
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that waits, under full load
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a warning for each request that waits for a thread
+    logs.configure()
+    _on_end(_exit)
     try:
         with contextlib.ExitStack() as stack:
             settings = Settings.from_env(os.environ)
             sock = stack.enter_context(listen(settings.host, settings.port))
             url = f"http://{_authority(sock)}"
+            hello = f"taskapi listens on {url}"
             if settings.database_url is None:
                 settings = local.complete(settings, folder)
                 stack.enter_context(local.Cluster(folder).running())
-                app = create_app(settings)
-                stack.callback(database(app).close)
-                database(app).migrate()
-                click.echo(_try_out(url, folder, settings))
+                Database(settings.database_url).migrate()
+                hello = _try_out(url, folder, settings)
+            create_app(settings)  # whatever is wrong with the settings is said now, and once
+            click.echo(hello)
+            work = functools.partial(serve, settings, sock)
+            if settings.web_concurrency == 1:
+                work()
             else:
-                app = create_app(settings)
-                stack.callback(database(app).close)
-                database(app).check()
-                click.echo(f"taskapi listens on {url}")
-            server(app, sock, settings.trusted_proxy).run()
+                supervise(settings.web_concurrency, work)
     except ConfigError as error:
         sys.exit(f"taskapi: {error}")
 
 
-def _stop(*_: object) -> NoReturn:
+def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] = lambda: True) -> None:
+    """Serves in this process until it is told to end, or `goes_on` says no."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
+    app = create_app(settings)
+    server = Server(app, sock, settings.trusted_proxy)
+    _on_end(server.stop)
+    threading.Thread(target=database(app).check, name="taskapi-check").start()  # not to start late where it hangs
+    server.serve(goes_on)
+    database(app).close()
+
+
+def supervise(count: int, work: Callable[[Callable[[], bool]], None]) -> None:
+    """Keeps `count` processes at `work`: one that dies is replaced, and who ends us ends them. Keeps no other state.
+
+    They share the listening socket, so that no connection waits for a process that is gone.
+    """
+    children: set[int] = set()
+    is_ending = False
+
+    def end(*_: object) -> None:
+        nonlocal is_ending
+        is_ending = True
+        for child in children:
+            os.kill(child, signal.SIGTERM)
+
+    _on_end(end)
+    while children or not is_ending:
+        while not is_ending and len(children) < count:
+            signal.pthread_sigmask(signal.SIG_BLOCK, END)  # none may be lost between birth and handler
+            if (child := os.fork()) == 0:
+                _work_as_child(work, os.getppid())
+            children.add(child)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
+        child, status = os.wait()
+        children.discard(child)
+        if not is_ending:
+            log.error("a worker ended", extra={"pid": child, "status": os.waitstatus_to_exitcode(status)})
+            time.sleep(1)  # one that cannot start must not fill the machine
+
+
+def _work_as_child(work: Callable[[Callable[[], bool]], None], parent: int) -> NoReturn:
+    _on_end(_exit)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
+    status = 1
+    try:
+        work(lambda: os.getppid() == parent)  # a supervisor that was killed can end nobody
+        status = 0
+    finally:
+        os._exit(status)  # what the supervisor has opened is its own to close
+
+
+def _on_end(handler: Callable[..., object]) -> None:
+    for number in END:
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
+            signal.signal(number, handler)
+
+
+def _exit(*_: object) -> NoReturn:
     raise SystemExit
 
 
@@ -224,6 +448,7 @@ def _try_out(url: str, folder: Path, settings: Settings) -> str:
     token = auth.issue(settings, "me", timedelta(days=1))
     return (
         f"taskapi listens on {url}\n"
-        f"A try-out: the data lies in {folder}, in a PostgreSQL of its own. Your token is good for a day:\n\n"
+        f"A try-out: the data lies in {click.format_filename(folder)}, in a PostgreSQL of its own. "
+        "Your token is good for a day:\n\n"
         f"curl -H 'Authorization: Bearer {token}' {url}/api/me/tasks\n"
     )

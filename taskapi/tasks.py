@@ -10,13 +10,14 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.routing import BaseConverter, Rule
 
-from . import auth, cors, problems, schemas
+from . import auth, cors, logs, problems, schemas
 from .db import database
 from .logs import event
 
 bp = Blueprint("taskapi", __name__)
 bp.before_request(auth.guard)
 bp.after_request(cors.expose)
+bp.after_request(logs.tell_request_id)
 problems.handle(bp)
 
 LIST = "/<taskapi_user:user_id>/tasks"

@@ -1,6 +1,8 @@
 """A real PostgreSQL for every test: embedded, or a fresh database on the server that TEST_DATABASE_URL names."""
 
+import logging
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,44 @@ from taskapi import Settings, create_app
 from taskapi.db import database
 from taskapi.local import Cluster
 from tests.people import SECRET, Person
+
+
+class Leaks(logging.Handler):
+    """Keeps what no log may hold: records with a token, a task's text, or a secret of any settings in the suite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.secrets: set[str] = set()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = f"{self.format(record)} {vars(record)}"  # the traceback, and all fields
+        if re.search(r"eyJ[\w-]+\.[\w-]+\.|Buy milk", text) or any(secret in text for secret in self.secrets):
+            self.found.append(text)
+
+
+@pytest.fixture(scope="session")
+def leaks() -> Iterator[Leaks]:
+    """Reads along what the whole suite logs."""
+    handler = Leaks()
+    check = Settings.__post_init__
+
+    def check_and_remember(settings: Settings) -> None:
+        check(settings)
+        handler.secrets.update(settings.secrets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Settings, "__post_init__", check_and_remember)
+        logging.getLogger().addHandler(handler)
+        logging.getLogger("taskapi").setLevel(logging.DEBUG)
+        yield handler
+        logging.getLogger().removeHandler(handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_log_holds_a_secret(leaks: Leaks) -> Iterator[None]:
+    yield
+    assert leaks.found == []
 
 
 @pytest.fixture(scope="session")

@@ -113,8 +113,9 @@ def test_edge_another_users_tasks_cannot_be_reached(alice: Person, bob: Person) 
 
 
 def test_edge_a_task_that_is_not_there_cannot_be_told_from_anothers(alice: Person, bob: Person) -> None:
-    others = alice.request("GET", f"/{bob.create()['id']}")
-    absent = alice.request("GET", f"/{2**63 - 1}")
+    others, absent = (
+        alice.request("GET", f"/{id}", headers={"X-Request-ID": "1"}) for id in (bob.create()["id"], 2**63 - 1)
+    )
     assert_problem(others, 404)
     assert others.data == absent.data
     assert others.headers == absent.headers
@@ -190,7 +191,7 @@ def test_parallel_toggles_lose_nothing(alice: Person, conn: psycopg.Connection) 
 def test_head_answers_as_get_without_the_body(alice: Person) -> None:
     task = alice.create()
     for path in ("", f"/{task['id']}"):
-        get, head = alice.request("GET", path), alice.request("HEAD", path)
+        get, head = (alice.request(method, path, headers={"X-Request-ID": "1"}) for method in ("GET", "HEAD"))
         assert head.status_code == 200
         assert head.data == b""
         assert head.headers == get.headers
