@@ -113,8 +113,12 @@ class Settings:
 
 
 def _is_http(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme in ("http", "https") and bool(parts.hostname)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port
+    except ValueError:  # no port has that number, no host that name
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and url.isascii() and " " not in url
 
 
 def _number(name: str, remedy: str) -> Callable[[str], int]:

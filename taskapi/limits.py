@@ -114,7 +114,8 @@ class Limits:
             return question(*args)
         except StorageError as error:
             self._resting_until = time.monotonic() + STORE_COOLDOWN
-            log.error("rate limits are off for %d s: %s", STORE_COOLDOWN, error.storage_error)
+            reason = str(error.storage_error)
+            log.error("rate limits are off", extra={"seconds": STORE_COOLDOWN, "reason": reason})
             return otherwise
 
     def _refuse(self, item: RateLimitItem, policy: str, who: str, **fields: str) -> None:

@@ -354,7 +354,13 @@ def main(folder: Path) -> None:
     Ends the process with status 1 and one line where it cannot start.
     """
     logs.configure()
-    _on_end(_exit)
+    told: list[int] = []
+
+    def end(number: int, _: object) -> NoReturn:
+        told.append(number)
+        raise SystemExit
+
+    _on_end(end)
     try:
         with contextlib.ExitStack() as stack:
             settings = Settings.from_env(os.environ)
@@ -367,6 +373,9 @@ def main(folder: Path) -> None:
                 Database(settings.database_url).migrate()
                 hello = _try_out(url, folder, settings)
             create_app(settings)  # whatever is wrong with the settings is said now, and once
+            signal.pthread_sigmask(signal.SIG_BLOCK, END)  # from here on a signal waits for who serves
+            if told:  # an exception in a weak reference's callback comes to nothing
+                raise SystemExit
             click.echo(hello)
             work = functools.partial(serve, settings, sock)
             if settings.web_concurrency == 1:
@@ -384,6 +393,7 @@ def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] =
     app = create_app(settings)
     server = Server(app, sock, settings.trusted_proxy)
     _on_end(server.stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
     threading.Thread(target=database(app).check, name="taskapi-check").start()  # not to start late where it hangs
     server.serve(goes_on)
     database(app).close()
@@ -419,8 +429,6 @@ def supervise(count: int, work: Callable[[Callable[[], bool]], None]) -> None:
 
 
 def _work_as_child(work: Callable[[Callable[[], bool]], None], parent: int) -> NoReturn:
-    _on_end(_exit)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
     status = 1
     try:
         work(lambda: os.getppid() == parent)  # a supervisor that was killed can end nobody
@@ -433,10 +441,6 @@ def _on_end(handler: Callable[..., object]) -> None:
     for number in END:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
             signal.signal(number, handler)
-
-
-def _exit(*_: object) -> NoReturn:
-    raise SystemExit
 
 
 def _authority(sock: socket.socket) -> str:

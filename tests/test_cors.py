@@ -1,8 +1,16 @@
 """Pages on other origins: what they may ask and read, and who may not."""
 
+import json
 import secrets
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from queue import Queue
+from threading import Thread
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from flask import Flask
@@ -11,9 +19,11 @@ from werkzeug.exceptions import ServiceUnavailable
 from werkzeug.test import TestResponse
 
 import taskapi
-from taskapi import ConfigError, Settings
+from taskapi import ConfigError, Settings, create_app
 from taskapi.db import database
+from tests.issuers import better_auth, install_better_auth
 from tests.people import SECRET, Answer, Person, assert_problem, mint
+from tests.processes import TIMEOUT, copied, environment, serving, started
 from tests.test_auth import ROUTES
 from tests.test_limits import app_by
 
@@ -242,3 +252,110 @@ def test_a_host_that_answers_by_itself_is_left_its_answer(host: Flask) -> None:
     for response in (preflight(person, "POST"), from_page(person, "GET")):
         assert response.status_code == 503
         assert_readable(response)
+
+
+# In a browser
+
+CHROMIUM = [
+    "chromium",
+    "--headless",
+    "--no-sandbox",  # which refuses root
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+PAGE = Path(__file__).parent / "browser" / "page.html"
+
+
+class PageServer(ThreadingHTTPServer):
+    """An origin with one page, which reports what it could read."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), PageHandler)
+        self.origin = f"http://127.0.0.1:{self.server_port}"
+        self.reports: Queue[dict[str, Any]] = Queue()
+
+
+class PageHandler(BaseHTTPRequestHandler):
+    server: PageServer
+
+    def do_GET(self) -> None:
+        self.answer("text/html", PAGE.read_bytes())
+
+    def do_POST(self) -> None:
+        self.server.reports.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.answer("text/plain", b"")
+
+    def answer(self, content_type: str, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def origins() -> Iterator[list[PageServer]]:
+    """Two origins."""
+    with PageServer() as one, PageServer() as other:
+        for server in (one, other):
+            Thread(target=server.serve_forever, args=[0.01]).start()
+        yield [one, other]
+        for server in (one, other):
+            server.shutdown()
+
+
+def visit(page: PageServer, folder: Path, **query: str) -> dict[str, Any]:
+    """What the page reports to its server from a browser that was never started before."""
+    folder.mkdir()
+    url = f"{page.origin}/?{urlencode(query)}"
+    with started([*CHROMIUM, f"--user-data-dir={folder}", url], folder, environment()):
+        return page.reports.get(timeout=TIMEOUT)
+
+
+@pytest.mark.skipif(
+    not all(map(shutil.which, ("chromium", "node", "npm"))), reason="a real browser and issuer need chromium, node, npm"
+)
+def test_a_page_in_a_browser_signs_up_and_works_and_one_of_another_origin_cannot(
+    new_database: Callable[[], str], origins: list[PageServer], tmp_path: Path
+) -> None:
+    ours, other = origins
+    database_url = new_database()
+    install_better_auth(tmp_path / "better_auth")
+    with ExitStack() as stack:
+        variables = {"BETTER_AUTH_SECRET": SECRET, "TRUSTED_ORIGINS": ours.origin}
+        home = stack.enter_context(better_auth(tmp_path / "better_auth", database_url, "jwks", **variables))
+        with closing(database(create_app(Settings(database_url=database_url, secrets=(SECRET,))))) as tables:
+            tables.migrate()
+        checkout = stack.enter_context(copied(tmp_path / "checkout"))
+        variables = {"DATABASE_URL": database_url, "BETTER_AUTH_URL": home.url, "CORS_ORIGINS": ours.origin}
+        server = stack.enter_context(serving(checkout, variables))
+        found = visit(ours, tmp_path / "ours", api=server.url, auth=home.url)
+        assert_worked(found)
+        assert visit(other, tmp_path / "other", api=server.url, token=found["jwt"]) == {
+            "error": "TypeError: Failed to fetch"
+        }
+        tasks = found["created"]["headers"]["location"].rpartition("/")[0]
+        assert server.ask("GET", tasks, token=found["jwt"]).json == []
+
+
+def assert_worked(found: dict[str, Any]) -> None:
+    """Checks what a page of a configured origin could do, and read."""
+    assert "error" not in found
+    statuses = {name: answer["status"] for name, answer in found.items() if name != "jwt"}
+    good = {"created": 201, "listed": 200, "completed": 200, "deleted": 200}
+    assert statuses == {**good, "gone": 404, "blank": 422, "unknown": 401}
+    task = found["created"]["body"]
+    assert task["title"] == "Buy milk"
+    assert found["created"]["headers"]["location"].endswith(f"/tasks/{task['id']}")
+    assert found["listed"]["body"] == [task]
+    assert found["completed"]["body"]["is_completed"] is True
+    assert found["deleted"]["body"] == found["completed"]["body"]
+    assert found["blank"]["body"]["errors"][0]["pointer"] == "#/title"
+    assert 'error="invalid_token"' in found["unknown"]["headers"]["www-authenticate"]
