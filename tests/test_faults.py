@@ -137,11 +137,11 @@ def create(server: Server, title: str = "Buy milk") -> Answer:
 
 
 def read(server: Server) -> Answer:
-    return server.ask("GET", f"{TASKS}/0")
+    return server.ask("GET", f"{TASKS}/{2**62}")
 
 
 def found(answer: Answer) -> bool:
-    """Whether the database has answered: there is no task 0."""
+    """Whether the database has answered: nobody has that task."""
     return answer.status == 404
 
 
