@@ -106,6 +106,7 @@ class Guard:
                 "BETTER_AUTH_SECRET is not set: set it to the secret that signs your tokens, "
                 "or BETTER_AUTH_URL or JWKS_URL to where their keys are published"
             )
+        self._keys = {id(trust.keys): trust.keys for trust in self._trusted.values()}.values()
         self._verified: dict[bytes, Verified] = {}
         self._lock = threading.Lock()
 
@@ -136,9 +137,13 @@ class Guard:
         self._keep(token, Verified(trust.keys, generation, not_before, expires, user))
         return user
 
+    def key_set_age(self) -> float | None:
+        """Seconds since the key set was fetched, if there is one."""
+        return next((keys.age for keys in self._keys if isinstance(keys, KeySet)), None)
+
     def is_ready(self) -> bool:
         """Whether there are keys to verify tokens with."""
-        return any(trust.keys.is_ready() for trust in self._trusted.values())
+        return any(keys.is_ready() for keys in self._keys)
 
     def _keep(self, token: str, verified: Verified) -> None:
         digest = _digest(token)
@@ -195,11 +200,14 @@ def _user(limits: Limits) -> User | None:
     the_guard: Guard = current_app.extensions["taskapi.guard"]
     bearer = _BEARER.fullmatch(credentials)
     if bearer and (user := the_guard.known(bearer[1])):
+        g.taskapi_remembered = True
         return user
     limits.check_refusals(request.remote_addr)  # before any cryptography
     if not bearer:
         raise InvalidToken("The token is malformed.")
-    return the_guard.user(bearer[1])
+    user = the_guard.user(bearer[1])
+    g.taskapi_remembered = False
+    return user
 
 
 def _unauthorized(detail: str, challenge: str) -> Response:

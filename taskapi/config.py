@@ -43,6 +43,7 @@ class Settings:
     port: int = 8000
     web_concurrency: int = 1
     trusted_proxy: str | None = None
+    metrics: tuple[str, int] | None = None
 
     def __post_init__(self) -> None:
         for check in (self._check_secrets, self._check_urls, self._check_limits, self._check_server):
@@ -130,6 +131,13 @@ def _number(name: str, remedy: str) -> Callable[[str], int]:
     return parse
 
 
+def _address(value: str) -> tuple[str, int]:
+    host, colon, port = value.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+        raise ConfigError("METRICS is no address to listen on: 127.0.0.1:9464")
+    return host, int(port)
+
+
 def _names(value: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
@@ -156,6 +164,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "RATE_LIMIT_STORAGE": ("rate_limit_storage", str),
     "CORS_ORIGINS": ("cors_origins", _names),
     "TRUSTED_PROXY": ("trusted_proxy", str),
+    "METRICS": ("metrics", _address),
     "HOST": ("host", str),
     "PORT": ("port", _number("PORT", "choose one from 0 (any free one) to 65535")),
     "WEB_CONCURRENCY": ("web_concurrency", _number("WEB_CONCURRENCY", "set how many processes serve, from 1 to 64")),

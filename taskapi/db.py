@@ -5,8 +5,9 @@ import functools
 import logging
 import select
 import time
+import traceback
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import click
 import psycopg
@@ -66,6 +67,10 @@ FAULTS = {
 """What PostgreSQL's errors mean to a client, by SQLSTATE or its class: 503 with these words. Any other is a defect."""
 
 
+NO_CONNECTION = (psycopg_pool.PoolTimeout, psycopg_pool.TooManyRequests, psycopg_pool.PoolClosed)
+"""Why a pool gives none; all but the first come from a lent one."""
+
+
 class SchemaBehind(Exception):
     """The database is not in the state that this code relies on."""
 
@@ -108,6 +113,7 @@ class Database:
             return self._lent
         return psycopg_pool.ConnectionPool(
             kwargs=self._kwargs,
+            connection_class=_Connection,
             min_size=1,
             max_size=8,
             configure=_configure,
@@ -149,8 +155,8 @@ class Database:
             return UNREACHABLE if is_read else UNKNOWN
         if isinstance(error, SchemaBehind):
             return NOT_READY
-        if isinstance(error, psycopg_pool.PoolTimeout):
-            self._is_down = True
+        if isinstance(error, NO_CONNECTION):
+            self._is_down = isinstance(error, psycopg_pool.PoolTimeout)
             return UNREACHABLE
         state = error.sqlstate or ""
         detail = FAULTS.get(state) or FAULTS.get(state[:2])
@@ -174,7 +180,7 @@ class Database:
 
     def _borrow(self) -> psycopg.Connection[Any]:
         """A connection that lives. After one that was waited for in vain nobody waits, until there is one again."""
-        timeout = 0.05 if self._is_down else POOL_TIMEOUT
+        timeout = 0.01 if self._is_down else POOL_TIMEOUT
         while True:
             conn = self._pool.getconn(timeout)
             if not _is_dead(conn):
@@ -182,6 +188,12 @@ class Database:
                 return conn
             conn.close()
             self._pool.putconn(conn)  # which makes another
+
+    def pool_use(self) -> dict[str, int]:
+        """How many connections are in use and idle, and how many requests wait for one."""
+        stats = self._pool.get_stats()
+        size, idle = stats.get("pool_size", 0), stats.get("pool_available", 0)
+        return {"in use": size - idle, "idle": idle, "waiting": stats.get("requests_waiting", 0)}
 
     def session(self) -> contextlib.AbstractContextManager[psycopg.Connection[Any]]:
         """A connection for what is no request, as the login itself. Raises OperationalError with the whole cause."""
@@ -246,6 +258,19 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+class _Connection(psycopg.Connection[Any]):
+    """Where it is not made in time, psycopg 3.3 keeps its socket until a collection of garbage, and once PostgreSQL
+    goes on, each of these is a session more."""
+
+    @classmethod
+    def connect(cls, *args: Any, **kwargs: Any) -> Self:
+        try:
+            return super().connect(*args, **kwargs)
+        except psycopg.Error as error:
+            traceback.clear_frames(error.__traceback__)  # one of them holds the exception that holds them all
+            raise
+
+
 def _configure(conn: psycopg.Connection[Any]) -> None:
     """Finds out whether a pooler stands between, for behind one (PgBouncer before 1.21) prepared statements are lost:
     what it calls the backend's process is not what the backend calls itself."""
@@ -262,8 +287,8 @@ def _is_dead(conn: psycopg.Connection[Any]) -> bool:
     if not poll.poll(0):
         return False
     try:
-        psycopg_pool.ConnectionPool.check_connection(conn)
-    except psycopg.Error:
+        pipeline.run(conn, [statement("backend_pid")], {}, 1)
+    except (psycopg.Error, ConnectionLost):
         return True
     return False
 

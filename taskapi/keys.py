@@ -97,6 +97,11 @@ class KeySet:
             self._fetch(wait=age > 2 * REFRESH)
         return self._generation
 
+    @property
+    def age(self) -> float:
+        """Seconds since the keys were fetched."""
+        return time.monotonic() - self._fetched
+
     def is_ready(self) -> bool:
         """Whether any key is known; if not, the issuer is asked."""
         _ = self.generation

@@ -1,5 +1,6 @@
 """What an operator reads: one line an event, with who and what, and never a token, a secret or a task's text."""
 
+import functools
 import logging
 import re
 import secrets
@@ -20,8 +21,14 @@ class ReadableFormatter(logging.Formatter):
     """A line for a person at a terminal: the time, the level, what happened, and its members."""
 
     def format(self, record: logging.LogRecord) -> str:
-        members = [f"{k}={v}" for k, v in record.__dict__.items() if k not in _USUAL and v is not None]
+        members = [f"{k}={_plain(v)}" for k, v in record.__dict__.items() if k not in _USUAL and v is not None]
         return " ".join([super().format(record), *members])
+
+
+def _plain(value: object) -> str:
+    """A value without what would move the cursor, colour the screen or pretend to be a line of its own."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def configure(stream: TextIO = sys.stderr) -> None:
@@ -73,6 +80,7 @@ def log_requests(app: Flask) -> None:
             duration=_milliseconds(time.perf_counter() - g.taskapi_began),
             database=_milliseconds(g.get("taskapi_database", 0)),
             user=user and user.id,
+            remembered=g.get("taskapi_remembered"),
         )
         return tell_request_id(response)
 
@@ -81,11 +89,17 @@ def _milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 2)
 
 
+@functools.cache
+def _readable(rule: str) -> str:
+    """/api/{user_id}/tasks for the router's /api/<taskapi_user:user_id>/tasks."""
+    return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)
+
+
 def _about_request() -> dict[str, Any]:
     rule = request.url_rule
     return {
         "method": request.method,
-        "route": rule and rule.rule,
+        "route": rule and _readable(rule.rule),
         "client": request.remote_addr,
         "request_id": request_id(),
     }

@@ -12,10 +12,11 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
+from wsgiref.simple_server import WSGIServer
 
 import click
 from flask import Flask
@@ -28,7 +29,7 @@ from waitress.receiver import FixedStreamReceiver
 from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 
-from . import auth, create_app, local, logs, problems
+from . import auth, create_app, local, logs, metrics, problems
 from .config import ConfigError, Settings
 from .db import Database, database
 from .schemas import MAX_BODY
@@ -56,6 +57,9 @@ LINGER = 1
 
 DRAIN = 30
 """Seconds that a server which ends gives to requests under way and to answers that are being read."""
+
+Job = Callable[[Callable[[], bool]], None]
+"""What a process does as long as its argument says to go on."""
 
 HEALTH_PATHS = {"/livez", "/readyz"}
 END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -373,38 +377,53 @@ def main(folder: Path) -> None:
                 Database(settings.database_url).migrate()
                 hello = _try_out(url, folder, settings)
             create_app(settings)  # whatever is wrong with the settings is said now, and once
+            jobs: list[Job] = [functools.partial(serve, settings, sock)] * settings.web_concurrency
+            if settings.metrics:
+                stack.enter_context(metrics.folder())
+                jobs.append(functools.partial(answer_scrapes, metrics.server(*settings.metrics)))
             signal.pthread_sigmask(signal.SIG_BLOCK, END)  # from here on a signal waits for who serves
             if told:  # an exception in a weak reference's callback comes to nothing
                 raise SystemExit
             click.echo(hello)
-            work = functools.partial(serve, settings, sock)
-            if settings.web_concurrency == 1:
-                work()
+            if len(jobs) == 1:
+                jobs[0](lambda: True)
             else:
-                supervise(settings.web_concurrency, work)
+                supervise(jobs)
     except ConfigError as error:
         sys.exit(f"taskapi: {error}")
 
 
-def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] = lambda: True) -> None:
+def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool]) -> None:
     """Serves in this process until it is told to end, or `goes_on` says no."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     app = create_app(settings)
     server = Server(app, sock, settings.trusted_proxy)
     _on_end(server.stop)
+    if settings.metrics:
+        logging.getLogger("taskapi").addHandler(metrics.Figures(app))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
     threading.Thread(target=database(app).check, name="taskapi-check").start()  # not to start late where it hangs
     server.serve(goes_on)
     database(app).close()
 
 
-def supervise(count: int, work: Callable[[Callable[[], bool]], None]) -> None:
-    """Keeps `count` processes at `work`: one that dies is replaced, and who ends us ends them. Keeps no other state.
+def answer_scrapes(server: WSGIServer, goes_on: Callable[[], bool]) -> None:
+    """Answers Prometheus in this process, for all, until it is told to end, or `goes_on` says no."""
+    ended = threading.Event()
+    _on_end(lambda *_: ended.set())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
+    server.timeout = 0.2
+    while goes_on() and not ended.is_set():
+        server.handle_request()
 
-    They share the listening socket, so that no connection waits for a process that is gone.
+
+def supervise(jobs: Sequence[Job]) -> None:
+    """Keeps a process at each job: one that dies is replaced, and who ends us ends them. Keeps no other state.
+
+    Those that serve share the listening socket, so that no connection waits for a process that is gone.
     """
-    children: set[int] = set()
+    children: dict[int, Job] = {}
     is_ending = False
 
     def end(*_: object) -> None:
@@ -414,25 +433,31 @@ def supervise(count: int, work: Callable[[Callable[[], bool]], None]) -> None:
             os.kill(child, signal.SIGTERM)
 
     _on_end(end)
+    waiting = list(jobs)
     while children or not is_ending:
-        while not is_ending and len(children) < count:
+        while waiting and not is_ending:
             signal.pthread_sigmask(signal.SIG_BLOCK, END)  # none may be lost between birth and handler
             if (child := os.fork()) == 0:
-                _work_as_child(work, os.getppid())
-            children.add(child)
+                _work_as_child(waiting[0], os.getppid())
+            children[child] = waiting.pop(0)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
         child, status = os.wait()
-        children.discard(child)
+        if (job := children.pop(child, None)) is None:  # the embedded PostgreSQL is a child, too
+            continue
+        waiting.append(job)
+        metrics.forget(child)
         if not is_ending:
             log.error("a worker ended", extra={"pid": child, "status": os.waitstatus_to_exitcode(status)})
             time.sleep(1)  # one that cannot start must not fill the machine
 
 
-def _work_as_child(work: Callable[[Callable[[], bool]], None], parent: int) -> NoReturn:
+def _work_as_child(job: Job, parent: int) -> NoReturn:
     status = 1
     try:
-        work(lambda: os.getppid() == parent)  # a supervisor that was killed can end nobody
+        job(lambda: os.getppid() == parent)  # a supervisor that was killed can end nobody
         status = 0
+    except Exception:
+        log.exception("a worker cannot work")
     finally:
         os._exit(status)  # what the supervisor has opened is its own to close
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_ci_runs_the_readmes_own_test_line(checkout: Path) -> None:
 def test_the_tour_runs_as_it_is_pasted(tmp_path: Path) -> None:
     with tryout(tmp_path) as server:
         tour = block("A tour with curl").replace("http://127.0.0.1:8000", server.url)
-        tour = tour.replace(".venv/bin/flask", "flask")
+        tour = tour.replace(".venv/bin/flask", f"{sys.executable} -m flask")
         result = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", tour],
             cwd=server.folder,

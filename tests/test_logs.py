@@ -13,6 +13,7 @@ from urllib.parse import quote
 import pytest
 from flask.testing import FlaskClient
 
+from taskapi.logs import ReadableFormatter
 from tests.conftest import Leaks
 from tests.issuers import Signer
 from tests.people import SECRET, Person, mint
@@ -20,8 +21,8 @@ from tests.processes import copied, serving
 from tests.test_limits import app_by
 
 ADDRESS = "2001:db8::7"
-TASKS = "/api/<taskapi_user:user_id>/tasks"
-TASK = f"{TASKS}/<taskapi_id:id>"
+TASKS = "/api/{user_id}/tasks"
+TASK = TASKS + "/{id}"
 USUAL = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 Told = Callable[[], list[dict[str, Any]]]
@@ -240,3 +241,9 @@ def test_the_server_writes_each_event_as_a_line_of_json(tmp_path: Path, database
     assert {line["client"] for line in told} == {"127.0.0.1"}
     assert len({line["request_id"] for line in told}) == 4
     assert not re.search(f"Buy milk|eyJ|{SECRET}", written)
+
+
+def test_a_line_for_a_terminal_holds_nothing_that_works_on_terminals() -> None:
+    fields = {"user": "a\n12:00:00 ERROR b \x1b[31m\u202e", "status": 401, "route": None}
+    line = ReadableFormatter("%(message)s").format(logging.makeLogRecord({"msg": "refused", **fields}))
+    assert line == "refused user='a\\n12:00:00 ERROR b \\x1b[31m\\u202e' status=401"

@@ -1,0 +1,63 @@
+"""Figures for Prometheus: right for one process and for several, and at an address of their own."""
+
+import re
+import sys
+from pathlib import Path
+from urllib.request import urlopen
+
+import pytest
+
+from taskapi import ConfigError, Settings
+from tests.people import SECRET, mint
+from tests.processes import copied, environment, serving, started
+from tests.test_deploy import free_port
+
+LIST = 'route="/api/{user_id}/tasks"'
+
+
+def figures(port: int) -> dict[str, float]:
+    with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        text: str = response.read().decode()
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {name: float(value) for name, _, value in lines}
+
+
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_the_figures_are_right_whichever_process_served(database_url: str, tmp_path: Path, processes: str) -> None:
+    port = free_port()
+    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
+    variables |= {"WEB_CONCURRENCY": processes, "METRICS": f"127.0.0.1:{port}"}
+    with copied(tmp_path / "checkout") as folder, serving(folder, variables, token=mint("ann")) as server:
+        for _ in range(20):
+            assert server.ask("GET", "/api/ann/tasks").status == 200
+        assert server.ask("GET", "/api/ann/tasks", token="x.y.z").status == 401
+        assert server.ask("GET", "/api/ann/tasks/0").status == 404
+        assert server.ask("GET", "/metrics").status == 404
+        found = figures(port)
+        assert server.stop() == 0
+    assert found[f'taskapi_requests_total{{{LIST},status="200"}}'] == 20
+    assert found[f'taskapi_requests_total{{{LIST},status="401"}}'] == 1
+    assert found['taskapi_requests_total{route="none",status="404"}'] == 1
+    assert found[f"taskapi_request_seconds_count{{{LIST}}}"] == 21
+    assert found['taskapi_refused_total{reason="The token is malformed."}'] == 1
+    verified = found['taskapi_tokens_total{remembered="false"}']
+    assert 1 <= verified <= int(processes)
+    assert found['taskapi_tokens_total{remembered="true"}'] == 21 - verified
+    assert found['taskapi_pool_connections{state="idle"}'] >= 1
+    assert found['taskapi_pool_connections{state="waiting"}'] == 0
+
+
+def test_a_taken_address_is_one_line(database_url: str, tmp_path: Path) -> None:
+    port = free_port()
+    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "METRICS": f"127.0.0.1:{port}"}
+    with copied(tmp_path / "checkout") as folder, serving(folder, variables):
+        env = environment(**variables)
+        with started([sys.executable, "wsgi.py"], folder, env) as second:
+            assert second.popen.wait(30) == 1
+            assert re.fullmatch(rf"taskapi: cannot listen on 127.0.0.1:{port} .*: set METRICS\n", second.stderr)
+
+
+@pytest.mark.parametrize("value", ["9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", ":9464", "127.0.0.1:99999"])
+def test_what_is_no_address_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ConfigError, match="METRICS is no address"):
+        Settings.from_env({"METRICS": value})
