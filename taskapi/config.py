@@ -1,5 +1,7 @@
 """What an operator decides. The environment is read here and nowhere else, and every value is checked at start."""
 
+import ipaddress
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -15,6 +17,12 @@ KNOWN_TO_EVERYBODY = {
     "change-me-to-the-secret-of-your-better-auth-server",  # .env.example
     "better-auth-secret-12345678901234567890",  # what Better Auth signs with where no secret is set
 }
+
+
+ORIGIN = re.compile(r"(?!http:.*:80$|https:.*:443$)https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+"""In lower case and without the usual port (the Fetch standard, §3.2)."""
+
+STORES = ("redis://", "rediss://", "redis+unix://")
 
 
 class ConfigError(ValueError):
@@ -63,8 +71,10 @@ class Settings:
             if url is not None and not _is_http(url):
                 raise ConfigError(f"{name} is no http or https URL: https://auth.example.com")
         for origin in self.cors_origins:
-            if not _is_http(origin) or origin != "{0.scheme}://{0.netloc}".format(urlsplit(origin)):
-                raise ConfigError(f"CORS_ORIGINS has {origin!r}, which is no origin: https://app.example.com")
+            if not ORIGIN.fullmatch(origin):
+                raise ConfigError(
+                    f"CORS_ORIGINS has {origin!r}, which is no origin as browsers send it: https://app.example.com"
+                )
         if self.database_url is not None:
             try:
                 conninfo_to_dict(self.database_url)
@@ -74,19 +84,27 @@ class Settings:
     def _check_limits(self) -> None:
         for name, limit in (("RATE_LIMIT", self.rate_limit), ("RATE_LIMIT_REFUSED", self.rate_limit_refused)):
             try:
-                limits.parse(limit)
+                [item] = limits.parse_many(limit)  # of several, the rest would go unheeded
             except ValueError:
                 raise ConfigError(f"{name} is no rate: 600/minute") from None
-        try:
-            storage_from_string(self.rate_limit_storage)
-        except ConfigurationError as error:
-            raise ConfigError(
-                f"RATE_LIMIT_STORAGE cannot be used ({error}): redis://host:6379, taskapi[redis]"
-            ) from None
+            if not item.amount:
+                raise ConfigError(f"{name} lets nobody in: 600/minute")
+        if self.rate_limit_storage != "memory://":
+            try:
+                if not self.rate_limit_storage.startswith(STORES):
+                    raise ValueError
+                storage_from_string(self.rate_limit_storage)
+            except (ConfigurationError, ValueError):  # their texts quote the URL, password and all
+                raise ConfigError("RATE_LIMIT_STORAGE cannot be used: redis://host:6379, taskapi[redis]") from None
 
     def _check_server(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"PORT is {self.port}: choose one from 0 (any free one) to 65535")
+        try:
+            if self.trusted_proxy is not None and self.trusted_proxy != str(ipaddress.ip_address(self.trusted_proxy)):
+                raise ValueError
+        except ValueError:
+            raise ConfigError("TRUSTED_PROXY is no IP address in its short form: 127.0.0.1, ::1") from None
         if not 1 <= self.web_concurrency <= 64:
             raise ConfigError(f"WEB_CONCURRENCY is {self.web_concurrency}: set how many processes serve, from 1 to 64")
 

@@ -118,6 +118,7 @@ class Database:
             max_size=8,
             configure=_configure,
             reconnect_timeout=2,  # seconds of back-off at most, so that a database that is back is found at once
+            reconnect_failed=_try_again,
             name="taskapi",
             open=True,
         )
@@ -161,17 +162,24 @@ class Database:
         state = error.sqlstate or ""
         detail = FAULTS.get(state) or FAULTS.get(state[:2])
         if detail is None:
-            raise Defect(f"{state} {error.diag.message_primary}") from None
+            quotes = state.startswith("22")  # invalid text for a type, say: the text would be in the log
+            raise Defect(f"{state} {'about a value' if quotes else error.diag.message_primary}") from None
         if detail is NOT_READY:
             self._schema_is_current = False
         return detail
 
     def _run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
         conn = self._borrow()
+        started = time.monotonic()
         try:
             if not self._schema_is_current:
                 self._check_schema(conn)
-            result = pipeline.run(conn, [statement("begin_as_user"), statement(name)], params, DEADLINE)
+            left = DEADLINE - (time.monotonic() - started)
+            result = pipeline.run(conn, [statement("begin_as_user"), statement(name)], params, left)
+        except ConnectionLost:
+            if self._lent is None and time.monotonic() - started >= DEADLINE:
+                self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one
+            raise
         finally:
             self._pool.putconn(conn)
         if not result.ntuples:
@@ -258,6 +266,12 @@ def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
+def _try_again(pool: psycopg_pool.ConnectionPool) -> None:
+    """Has a pool without connections go on looking for the database, so that it is found again though nobody asks."""
+    if not pool.get_stats()["pool_available"]:  # those would be asked for a sign of life, and waited for
+        pool.check()
+
+
 class _Connection(psycopg.Connection[Any]):
     """Where it is not made in time, psycopg 3.3 keeps its socket until a collection of garbage, and once PostgreSQL
     goes on, each of these is a session more."""
@@ -274,9 +288,10 @@ class _Connection(psycopg.Connection[Any]):
 def _configure(conn: psycopg.Connection[Any]) -> None:
     """Finds out whether a pooler stands between, for behind one (PgBouncer before 1.21) prepared statements are lost:
     what it calls the backend's process is not what the backend calls itself."""
+    threshold, conn.prepare_threshold = conn.prepare_threshold, None  # nor may this statement be left there
     pid = pipeline.run(conn, [statement("backend_pid")], {}, DEADLINE).get_value(0, 0)
-    if pid != str(conn.info.backend_pid).encode():
-        conn.prepare_threshold = None
+    if pid == str(conn.info.backend_pid).encode():
+        conn.prepare_threshold = threshold
 
 
 def _is_dead(conn: psycopg.Connection[Any]) -> bool:

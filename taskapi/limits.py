@@ -21,7 +21,7 @@ from .problems import problem
 log = logging.getLogger(__name__)
 
 MAX_COUNTERS = 50_000
-"""People and clients that are counted at a time in memory: some 400 bytes each, and 2,000 more for the longest id."""
+"""People and clients that are counted at a time in memory: some 300 bytes each, and 2,000 more for the longest id."""
 
 STORE_TIMEOUT = 0.25
 """Seconds that a request waits for the store to connect, or to answer."""

@@ -238,7 +238,7 @@ class Server(TcpWSGIServer):
     def __init__(self, app: Flask, sock: socket.socket, trusted_proxy: str | None = None) -> None:
         """Serves `app` on a listening socket. A client's address is the last that the trusted proxy reports, or else
         the connection's own."""
-        proxy = {"trusted_proxy": trusted_proxy, "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"}}
+        proxy = {"trusted_proxy": trusted_proxy, "trusted_proxy_headers": {"x-forwarded-for"}}
         adjustments = Adjustments(sockets=[sock], **WAITRESS, **(proxy if trusted_proxy else {}))
         self.is_stopping = False
         self.changed: deque[Channel] = deque()  # connections that a thread, or a birth, left in another state

@@ -147,7 +147,7 @@ class Postgres(Cluster):
     def migrate(self) -> None:
         """Makes what taskapi needs: its schema and its login."""
         Database(self.url).migrate()
-        if not self.run("SELECT FROM pg_roles WHERE rolname = 'app'"):
+        if not self.run("SELECT 1 FROM pg_roles WHERE rolname = 'app'"):
             self.run("CREATE ROLE app LOGIN")
         self.run("GRANT taskapi_user TO app")
 

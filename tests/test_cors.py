@@ -210,7 +210,10 @@ def test_the_configuration_lists_origins() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["*", "null", "app.example.com", f"{ORIGIN}/", f"{ORIGIN}/a", f"{ORIGIN}?a", "ftp://a.example", "https://"]
+    "value",
+    ["*", "null", "app.example.com", f"{ORIGIN}/", f"{ORIGIN}/a", f"{ORIGIN}?a", "ftp://a.example", "https://"]
+    + ["https://APP.example.com", "https://app.example.com:443", "http://a.example:80", "https://*.example.com"]
+    + ["https://ann@app.example.com", "https://a.example:x", "https://a b", "https://é.example"],  # never sent
 )
 def test_what_is_no_origin_is_refused_by_name(value: str) -> None:
     with pytest.raises(ConfigError, match=r"^CORS_ORIGINS has "):

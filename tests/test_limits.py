@@ -231,11 +231,19 @@ def test_limits_are_on_by_default_and_nobody_at_work_meets_them() -> None:
 
 @pytest.mark.parametrize("name", ["RATE_LIMIT", "RATE_LIMIT_REFUSED"])
 @pytest.mark.parametrize(
-    "value", ["x", "600", "-5/minute", "1.5/second", "600/fortnight", "600/min", "/minute", "none"]
+    "value",
+    ["x", "600", "-5/minute", "1.5/second", "600/fortnight", "600/min", "/minute", "none"]
+    + ["600/minute;5/second", "600/minute, 5/second"],
 )
 def test_a_wrong_rate_is_refused_by_name(name: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is no rate: 600/minute"):
         Settings.from_env({name: value})
+
+
+@pytest.mark.parametrize("name", ["RATE_LIMIT", "RATE_LIMIT_REFUSED"])
+def test_a_rate_that_lets_nobody_in_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} lets nobody in"):
+        Settings.from_env({name: "0/minute"})
 
 
 @pytest.mark.parametrize("value", ["5/second", "600/minute", "600 per hour", "10 per 5 minutes", "1000/day"])
@@ -244,10 +252,21 @@ def test_a_rate_is_one_line(value: str) -> None:
     assert (settings.rate_limit, settings.rate_limit_refused) == (value, value)
 
 
-@pytest.mark.parametrize("value", ["x", "file:///tmp/limits", "http://127.0.0.1", "memcached://127.0.0.1:11211"])
+@pytest.mark.parametrize(
+    "value",
+    ["x", "file:///tmp/limits", "http://127.0.0.1", "memcached://127.0.0.1:11211"]
+    + ["async+memory://", "redis://[", "redis://u:the-password@h:x", "foo://u:the-password@h"],
+)
 def test_a_store_of_another_kind_is_refused_by_name(value: str) -> None:
     with pytest.raises(ConfigError, match=r"^RATE_LIMIT_STORAGE .*redis://"):
         Settings.from_env({"RATE_LIMIT_STORAGE": value})
+
+
+def test_a_stores_password_is_told_to_nobody() -> None:
+    for value in ("foo://u:the-password@h", "redis://u:the-password@h:x"):
+        with pytest.raises(ConfigError) as caught:
+            Settings.from_env({"RATE_LIMIT_STORAGE": value})
+        assert "the-password" not in str(caught.value)
 
 
 # Redis
@@ -366,3 +385,12 @@ def test_the_trusted_proxy_is_believed_about_the_last_address_only(tmp_path: Pat
         assert refused(server, "2001:db8::1") == refused(server, "2001:db8::2") == 401
         assert refused(server, "2001:db8::3") == 429
         assert refused(server) == 401  # the proxy's own
+        with Wire(server.url) as wire:  # of no interest here, and sent by clients, too
+            target = request("GET", "/api/ann/tasks", "X-Forwarded-Proto: gopher, http")
+            assert wire.send(target).answer().headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("value", ["x", "localhost", "127.0.0.1:80", "10.0.0.0/8", "0:0:0:0:0:0:0:1", "*"])
+def test_a_proxy_that_could_never_be_met_or_be_anybody_is_refused_by_name(value: str) -> None:
+    with pytest.raises(ConfigError, match=r"^TRUSTED_PROXY "):
+        Settings.from_env({"TRUSTED_PROXY": value})

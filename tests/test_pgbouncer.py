@@ -40,6 +40,7 @@ auth_type = any
 pool_mode = transaction
 default_pool_size = {connections}
 server_reset_query =
+query_wait_timeout = 5
 """
 
 
@@ -102,7 +103,9 @@ def test_many_people_at_once_share_the_connections_and_see_their_own(apps: list[
 
 SHOWN = b"""
     SELECT current_user = session_user, coalesce(current_setting('taskapi.user_id', true), ''),
-           current_setting('statement_timeout'), (SELECT count(*) FROM pg_prepared_statements), pg_backend_pid()
+           current_setting('statement_timeout'),
+           (SELECT count(*) FROM pg_prepared_statements),
+           pg_backend_pid()
 """
 CLEAN = (True, "", "0")
 

@@ -14,7 +14,7 @@ CREATE TABLE taskapi.tasks (
     id bigint GENERATED ALWAYS AS IDENTITY CHECK (id > 0),
     user_id text COLLATE "C" NOT NULL REFERENCES taskapi.users ON DELETE CASCADE,
     title text NOT NULL
-        CHECK (char_length(title) BETWEEN 1 AND 500 AND title = btrim(title, E' \t\n\r\f\v')),
+        CHECK (char_length(title) BETWEEN 1 AND 500 AND title = btrim(title, E' \t\n\r\f\x0B')),
     description text CHECK (char_length(description) <= 10000),
     is_completed boolean NOT NULL DEFAULT false,
     created_at timestamptz NOT NULL DEFAULT now(),
