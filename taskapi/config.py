@@ -127,7 +127,12 @@ class Settings:
         found: dict[str, Any] = {}
         for name, (member, parse) in VARIABLES.items():
             if value := environ.get(name, "").strip():
-                found[member] = found.get(member, ()) + parse(value) if member == "secrets" else parse(value)
+                if not _is_text(value):
+                    raise ConfigError(f"{name} is not UTF-8: set it anew")
+                parsed = parse(value)
+                if parsed == ():
+                    raise ConfigError(f"{name} names nothing: set names with commas between them, or leave it unset")
+                found[member] = found.get(member, ()) + parsed if member == "secrets" else parsed
         return cls(**found)
 
 
@@ -154,6 +159,11 @@ def _address(value: str) -> tuple[str, int]:
     if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
         raise ConfigError("METRICS is no address to listen on: 127.0.0.1:9464")
     return host, int(port)
+
+
+def _is_text(value: str) -> bool:
+    """Whether the bytes that the environment brought were UTF-8; Python keeps others as lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _names(value: str) -> tuple[str, ...]:

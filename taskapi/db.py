@@ -1,5 +1,6 @@
 """The database: the pool, the SQL files, one round trip as one user, and what PostgreSQL's errors mean to a client."""
 
+import atexit
 import contextlib
 import functools
 import logging
@@ -97,21 +98,9 @@ class Database:
     def __init__(self, url: str | None, pool: psycopg_pool.ConnectionPool | None = None) -> None:
         if url is None and pool is None:
             raise ConfigError("DATABASE_URL is not set: postgresql://user:password@host/database")
-        self._url = url
-        self._lent = pool
-        self._schema_is_current = False
-        self._is_down = False
-
-    @property
-    def _kwargs(self) -> dict[str, Any]:
-        return {**CONNECTION, **conninfo_to_dict(self._url or ""), "autocommit": True}
-
-    @functools.cached_property
-    def _pool(self) -> psycopg_pool.ConnectionPool:
-        """Opened at first use, and so after a server has forked: threads and sockets do not survive that."""
-        if self._lent is not None:
-            return self._lent
-        return psycopg_pool.ConnectionPool(
+        self._kwargs: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url or ""), "autocommit": True}
+        self._is_own = pool is None
+        self._pool = pool or psycopg_pool.ConnectionPool(
             kwargs=self._kwargs,
             connection_class=_Connection,
             min_size=1,
@@ -120,12 +109,14 @@ class Database:
             reconnect_timeout=2,  # seconds of back-off at most, so that a database that is back is found at once
             reconnect_failed=_try_again,
             name="taskapi",
-            open=True,
+            open=False,  # until the first request, and so until a server has forked: see _borrow
         )
+        self._schema_is_current = False
+        self._is_down = False
 
     def close(self) -> None:
         """Closes the pool, unless it is lent: its owner closes that."""
-        if self._lent is None and "_pool" in self.__dict__:
+        if self._is_own:
             self._pool.close()
 
     def run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
@@ -177,7 +168,7 @@ class Database:
             left = DEADLINE - (time.monotonic() - started)
             result = pipeline.run(conn, [statement("begin_as_user"), statement(name)], params, left)
         except ConnectionLost:
-            if self._lent is None and time.monotonic() - started >= DEADLINE:
+            if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one
             raise
         finally:
@@ -189,6 +180,9 @@ class Database:
     def _borrow(self) -> psycopg.Connection[Any]:
         """A connection that lives. After one that was waited for in vain nobody waits, until there is one again."""
         timeout = 0.01 if self._is_down else POOL_TIMEOUT
+        if self._is_own and self._pool.closed:
+            self._pool.open()
+            atexit.register(self._pool.close)  # its threads would hold up the end of the process
         while True:
             conn = self._pool.getconn(timeout)
             if not _is_dead(conn):
@@ -205,7 +199,7 @@ class Database:
 
     def session(self) -> contextlib.AbstractContextManager[psycopg.Connection[Any]]:
         """A connection for what is no request, as the login itself. Raises OperationalError with the whole cause."""
-        return self._lent.connection() if self._lent is not None else psycopg.connect(**self._kwargs)
+        return psycopg.connect(**self._kwargs) if self._is_own else self._pool.connection()
 
     def is_ready(self) -> bool:
         """Whether the database answers and its schema is current; the cause is logged where not."""

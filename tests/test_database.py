@@ -228,6 +228,8 @@ def test_sql_files_hold_one_statement_each_and_no_other_file_holds_any(checkout:
         ({"CORS_ORIGINS": "https://a.example,*"}, r"CORS_ORIGINS has '\*'"),
         ({"CORS_ORIGINS": "https://a.example/"}, "CORS_ORIGINS has"),
         ({"WEB_CONCURRENCY": "0"}, "WEB_CONCURRENCY is 0"),
+        ({"JWT_USER_CLAIM": ","}, "JWT_USER_CLAIM names nothing"),
+        ({"BETTER_AUTH_SECRET": "\udcff" * 32}, "BETTER_AUTH_SECRET is not UTF-8"),
         ({"PORT": "x"}, "PORT is no number"),
         ({"PORT": "-1"}, "PORT is no number"),
         ({"PORT": "٣"}, "PORT is no number"),
