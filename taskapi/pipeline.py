@@ -69,13 +69,13 @@ def _exchange(
     except psycopg.OperationalError as error:
         conn.close()
         raise ConnectionLost(str(error)) from None
-    for name, result in zip(sent, results, strict=True):
+    for name, result in zip(sent, results, strict=False):  # one more where the commit itself fails
         if name and result.status == pq.ExecStatus.COMMAND_OK:  # prepared it stays, even if what follows fails
             prepared.add(name)
     for result in results:
         if result.status == pq.ExecStatus.FATAL_ERROR:
             raise errors.error_from_result(result)
-    return results[-1]
+    return results[len(sent) - 1]
 
 
 def _send(

@@ -1,5 +1,6 @@
 """`python wsgi.py`: this API under waitress, on the open internet."""
 
+import array
 import contextlib
 import functools
 import logging
@@ -8,6 +9,7 @@ import resource
 import select
 import signal
 import socket
+import struct
 import sys
 import threading
 import time
@@ -23,7 +25,7 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.buffers import OverflowableBuffer
-from waitress.channel import HTTPChannel
+from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import FixedStreamReceiver
 from waitress.server import TcpWSGIServer
@@ -44,7 +46,8 @@ BACKLOG = 1024
 """Connections of a burst that the kernel keeps for us before it refuses."""
 
 MAX_CONNECTIONS = 2_000
-"""Open connections at most; for one more the longest idle is closed."""
+"""Open connections at most, or fewer where the system allows fewer descriptors; for one more the longest idle is
+closed."""
 
 IDLE_TIMEOUT = 30
 """Seconds for which a connection may be silent."""
@@ -61,7 +64,7 @@ DRAIN = 30
 Job = Callable[[Callable[[], bool]], None]
 """What a process does as long as its argument says to go on."""
 
-HEALTH_PATHS = {"/livez", "/readyz"}
+HEALTH = ("/livez", "/readyz")
 END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 WAITRESS: dict[str, Any] = {
@@ -152,8 +155,8 @@ class Answer(WSGITask):
         self.channel.write_soon(head + data)
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.is_stopping:
-            self.set_close_on_finish()  # the next request belongs to another process
+        if self.channel.server.is_stopping and len(self.channel.requests) == 1:
+            self.request.headers["CONNECTION"] = "close"  # the next request belongs to another process
         head: bytes = super().build_response_header()
         return head
 
@@ -209,15 +212,23 @@ class Channel(HTTPChannel):
         super().service()
 
     def write_soon(self, data: bytes) -> int:
-        if not self.connected or self.total_outbufs_len or not isinstance(data, bytes):
+        if self.total_outbufs_len or not isinstance(data, bytes):
             return int(super().write_soon(data))
         with self.outbuf_lock:
+            if not self.connected:  # the main loop, which closes under this lock, was faster
+                raise ClientDisconnected
             sent: int = self.send(data, do_close=False)
         if sent < len(data):
             self.waiting_since = time.time()
-            return sent + int(super().write_soon(data[sent:]))
+            super().write_soon(data[sent:])
+        if not self.total_outbufs_len:
+            self.waiting_since = None
         self.last_activity = time.time()
-        return sent
+        return len(data)
+
+    def patience(self) -> tuple[bool, float]:
+        """Sorts connections: the one that is closed first, where there are too many, comes first."""
+        return not self.is_idle(), self.waiting_since or self.last_activity
 
     def is_idle(self) -> bool:
         """Whether nothing has arrived that is not answered, and no answer is on its way."""
@@ -245,23 +256,29 @@ class Server(TcpWSGIServer):
         self.serving = threading.local()  # the connection whose request a thread works at
         self._poll = select.poll()
         self._watched: dict[int, int] = {}
-        self._health = ThreadedTaskDispatcher()
-        self._health.set_thread_count(1)
+        self._health = {path: ThreadedTaskDispatcher() for path in HEALTH}
+        for dispatcher in self._health.values():
+            dispatcher.set_thread_count(1)
+        self._room = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 20)
         info = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(app, {}, True, sock, adj=adjustments, bind_socket=False, sockinfo=info)
 
-    def serve(self, goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Serves until `stop` is called, or `goes_on` says no; then finishes what has arrived."""
+    def serve(self, goes_on: Callable[[], bool] | None = None) -> None:
+        """Serves until `stop` is called, or `goes_on`, which one of several processes has, says no; then finishes what
+        has arrived."""
         self._watch(self)
         self._watch(self.trigger)
-        while goes_on() and not self.is_stopping:
+        while not self.is_stopping and (goes_on is None or goes_on()):
             self._step(1)
+        if goes_on is None or not goes_on():
+            shut(self.socket)
         self._drain()
 
     def stop(self, *_: object) -> None:
-        """Ends `serve`; a signal handler."""
-        self.is_stopping = True
-        self.pull_trigger()
+        """Ends `serve`; a signal handler, which may be called again at any time."""
+        if not self.is_stopping:
+            self.is_stopping = True
+            self.pull_trigger()
 
     def pull_trigger(self) -> None:
         """Wakes the main loop, for the connection whose request this thread works at."""
@@ -270,17 +287,19 @@ class Server(TcpWSGIServer):
         super().pull_trigger()
 
     def add_task(self, channel: Channel) -> None:
-        """Health is asked for in a thread of its own, so that it is answered when all others are busy."""
-        path = getattr(channel.requests[0], "path", None)
-        (self._health if path in HEALTH_PATHS else self.task_dispatcher).add_task(channel)
+        """Health is asked for in threads of its own, so that it is answered when all others are busy."""
+        path = getattr(channel.requests[0], "path", "")
+        dispatcher: ThreadedTaskDispatcher = self._health.get(path, self.task_dispatcher)
+        dispatcher.add_task(channel)
 
     def handle_accept(self) -> None:
-        """Makes room for a new client, if need be, by closing the connection that was idle for longest."""
-        if len(self.active_channels) >= MAX_CONNECTIONS:
-            idle = [channel for channel in self.active_channels.values() if channel.is_idle()]
-            if idle:
-                min(idle, key=lambda channel: channel.last_activity).handle_close()
+        """Makes room for a new client, if need be, by closing the connection that was idle for longest, or else the
+        one that has kept us waiting for longest."""
         super().handle_accept()
+        if len(self.active_channels) > self._room:
+            waiting = [channel for channel in self.active_channels.values() if not channel.requests]
+            if waiting[:-1]:  # the last is the new one
+                min(waiting[:-1], key=Channel.patience).handle_close()
 
     def maintenance(self, now: float) -> None:
         """Closes connections that were idle, or busy with one request or answer, for too long."""
@@ -298,9 +317,11 @@ class Server(TcpWSGIServer):
         while self.changed:
             self._watch(self.changed.popleft())
         for descriptor, flags in self._poll.poll(timeout * 1000):
-            if (dispatcher := self._map.get(descriptor)) is not None:
-                wasyncore.readwrite(dispatcher, flags)
-                self._watch(dispatcher)
+            if (dispatcher := self._map.get(descriptor)) is None:  # closed meanwhile
+                self.forget(descriptor)
+                continue
+            wasyncore.readwrite(dispatcher, flags)
+            self._watch(dispatcher)
         now = time.time()
         if now >= self.next_channel_cleanup:
             self.next_channel_cleanup = now + self.adj.cleanup_interval
@@ -321,9 +342,12 @@ class Server(TcpWSGIServer):
 
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
-        known = -1
-        while known != len(self.active_channels):
-            known = len(self.active_channels)
+        self.is_stopping = True
+        door = select.poll()
+        door.register(self.socket, select.POLLIN)
+        for _ in range(BACKLOG):  # not for ever, should there be no descriptor for them
+            if not door.poll(0):
+                break
             self.handle_accept()
         self.forget(self._fileno)
         wasyncore.dispatcher.close(self)
@@ -334,7 +358,7 @@ class Server(TcpWSGIServer):
                     if channel.is_idle():
                         channel.handle_close()
             self._step(0.05)
-        for dispatcher in (self.task_dispatcher, self._health):
+        for dispatcher in (self.task_dispatcher, *self._health.values()):
             dispatcher.shutdown()
         for channel in list(self.active_channels.values()):
             channel.handle_close()
@@ -349,6 +373,19 @@ def listen(host: str, port: int) -> socket.socket:
     except (OSError, UnicodeError) as error:  # UnicodeError: no host can have that name
         why = str(getattr(error, "strerror", "no host's name")).partition(" (while")[0]  # Python repeats the address
         raise ConfigError(f"cannot listen on {host}:{port} ({why}): set HOST or PORT") from None
+
+
+NO_SYN = array.array("B", struct.pack("=" + 4 * "HBBI", 0x30, 0, 0, 13, 0x45, 0, 1, 0x02, 6, 0, 0, 0, 6, 0, 0, 2**18))
+"""A filter for the kernel: if byte 13 of a packet, TCP's flags, has bit 2, SYN, the packet is dropped."""
+
+
+def shut(sock: socket.socket) -> None:
+    """Lets in only who already knocked. A listening socket cannot be closed behind the last of them: between our look
+    and the close others would come in, and be reset. A SYN that is dropped is sent again, and then refused."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            attach_filter = 26  # SO_ATTACH_FILTER, for which Python has no name
+            sock.setsockopt(socket.SOL_SOCKET, attach_filter, struct.pack("HL", 4, NO_SYN.buffer_info()[0]))
 
 
 def main(folder: Path) -> None:
@@ -386,15 +423,17 @@ def main(folder: Path) -> None:
                 raise SystemExit
             click.echo(hello)
             if len(jobs) == 1:
-                jobs[0](lambda: True)
+                serve(settings, sock)
             else:
-                supervise(jobs)
+                supervise(jobs, sock)
     except ConfigError as error:
         sys.exit(f"taskapi: {error}")
+    finally:
+        _on_end(signal.SIG_IGN)  # whoever insists now only spoils the status
 
 
-def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool]) -> None:
-    """Serves in this process until it is told to end, or `goes_on` says no."""
+def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] | None = None) -> None:
+    """Serves in this process until it is told to end, or `goes_on`, which one of several has, says no."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     app = create_app(settings)
@@ -403,7 +442,7 @@ def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool]) 
     if settings.metrics:
         logging.getLogger("taskapi").addHandler(metrics.Figures(app))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
-    threading.Thread(target=database(app).check, name="taskapi-check").start()  # not to start late where it hangs
+    threading.Thread(target=database(app).check, name="taskapi-check", daemon=True).start()  # it may hang
     server.serve(goes_on)
     database(app).close()
 
@@ -418,28 +457,33 @@ def answer_scrapes(server: WSGIServer, goes_on: Callable[[], bool]) -> None:
         server.handle_request()
 
 
-def supervise(jobs: Sequence[Job]) -> None:
+def supervise(jobs: Sequence[Job], sock: socket.socket) -> None:
     """Keeps a process at each job: one that dies is replaced, and who ends us ends them. Keeps no other state.
 
     Those that serve share the listening socket, so that no connection waits for a process that is gone.
     """
+    us = os.getpid()
     children: dict[int, Job] = {}
     is_ending = False
 
     def end(*_: object) -> None:
         nonlocal is_ending
         is_ending = True
+        shut(sock)
+        sock.close()  # the last of those who share it ends the listening
         for child in children:
-            os.kill(child, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it ended, and is about to be struck off
+                os.kill(child, signal.SIGTERM)
 
     _on_end(end)
     waiting = list(jobs)
     while children or not is_ending:
         while waiting and not is_ending:
             signal.pthread_sigmask(signal.SIG_BLOCK, END)  # none may be lost between birth and handler
-            if (child := os.fork()) == 0:
-                _work_as_child(waiting[0], os.getppid())
-            children[child] = waiting.pop(0)
+            if not is_ending:
+                if (child := os.fork()) == 0:
+                    _work_as_child(waiting[0], us)
+                children[child] = waiting.pop(0)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
         child, status = os.wait()
         if (job := children.pop(child, None)) is None:  # the embedded PostgreSQL is a child, too
@@ -462,7 +506,7 @@ def _work_as_child(job: Job, parent: int) -> NoReturn:
         os._exit(status)  # what the supervisor has opened is its own to close
 
 
-def _on_end(handler: Callable[..., object]) -> None:
+def _on_end(handler: Callable[..., object] | signal.Handlers) -> None:
     for number in END:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup means it
             signal.signal(number, handler)
