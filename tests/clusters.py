@@ -85,14 +85,14 @@ class Postgres(Cluster):
     @contextlib.contextmanager
     def frozen(self, *pids: int) -> Iterator[None]:
         """For the length of a with block these processes, or else all, do nothing, and do not end either."""
-        chosen = pids or self.processes
-        for pid in chosen:
-            os.kill(pid, signal.SIGSTOP)
+        if not pids:
+            self._postmaster.send_signal(signal.SIGSTOP)  # before the rest are looked for, or it might make more
+        chosen = set(pids) or self.processes
         try:
+            _signal(chosen, signal.SIGSTOP)
             yield
         finally:
-            for pid in chosen:
-                os.kill(pid, signal.SIGCONT)
+            _signal(chosen, signal.SIGCONT)
 
     def run(self, command: LiteralString | sql.Composed, *params: Any) -> list[tuple[Any, ...]]:
         """Executes a command as the owner of everything, and returns its rows."""
@@ -170,3 +170,9 @@ class Postgres(Cluster):
         super()._initdb()
         with (self._data / "postgresql.conf").open("a") as file:
             file.write(CONF)
+
+
+def _signal(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
+            os.kill(pid, number)

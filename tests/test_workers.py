@@ -762,14 +762,13 @@ def test_who_sends_too_slowly_is_cut(hasty: Server, sent: bytes) -> None:
 
 @pytest.mark.usefixtures("_reader")
 def test_who_never_reads_is_cut(hasty: Server) -> None:
+    """What the kernel has taken already it goes on offering, for nothing of ours."""
     with Wire(hasty.url) as wire:
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         assert wire.send(GET).answer().status == 200
         before = count_descriptors(hasty.popen.pid)
         wire.send(LONG).sock.recv(1, socket.MSG_PEEK)
         wait_until(lambda: count_descriptors(hasty.popen.pid) < before, "the connection is closed")
-        with contextlib.suppress(ConnectionResetError), wire.sock.makefile("rb") as file:
-            assert len(file.read()) < 12_000_000
 
 
 @pytest.mark.usefixtures("_reader")
