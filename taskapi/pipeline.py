@@ -66,9 +66,11 @@ def _exchange(
         sent = _send(conn, [numbered(text) for text in statements], params, prepared)
         results = _receive(conn.pgconn, time.monotonic() + seconds)
         conn.pgconn.exit_pipeline_mode()
-    except psycopg.OperationalError as error:
-        conn.close()
-        raise ConnectionLost(str(error)) from None
+    except BaseException as error:
+        conn.close()  # or its next borrower would read our answers
+        if isinstance(error, psycopg.OperationalError):
+            raise ConnectionLost(str(error)) from None
+        raise
     for name, result in zip(sent, results, strict=False):  # one more where the commit itself fails
         if name and result.status == pq.ExecStatus.COMMAND_OK:  # prepared it stays, even if what follows fails
             prepared.add(name)
@@ -86,7 +88,7 @@ def _send(
     pgconn.enter_pipeline_mode()
     sent: list[bytes | None] = []
     for name, text, parameters in statements:
-        values = [None if params[one] is None else str(params[one]).encode() for one in parameters]
+        values = [_encoded(params[one]) for one in parameters]
         if conn.prepare_threshold is None:
             pgconn.send_query_params(text, values)
         else:
@@ -97,6 +99,14 @@ def _send(
         sent.append(None)
     pgconn.pipeline_sync()
     return sent
+
+
+def _encoded(value: Any) -> bytes | None:
+    """A parameter as PostgreSQL reads it from text. Raises ValueError for NUL, at which libpq would cut the value."""
+    encoded = None if value is None else str(value).encode()
+    if encoded and b"\0" in encoded:
+        raise ValueError("NUL in a parameter")
+    return encoded
 
 
 def _receive(pgconn: pq.abc.PGconn, deadline: float) -> list[pq.abc.PGresult]:
