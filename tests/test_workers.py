@@ -175,8 +175,12 @@ def connect(server: Server, stack: ExitStack, count: int) -> list[Wire]:
     return [stack.enter_context(Wire(server.url)) for _ in range(count)]
 
 
+NO_CONNECTION = (ConnectionRefusedError, ConnectionResetError)
+"""How connect() fails where nobody listens; the latter if the door closed between its first packet and its last."""
+
+
 def is_refused(url: str) -> bool:
-    with contextlib.suppress(ConnectionRefusedError), Wire(url):
+    with contextlib.suppress(*NO_CONNECTION), Wire(url):
         return False
     return True
 
@@ -555,7 +559,7 @@ class Balancer(socketserver.ThreadingTCPServer):
     def reach(self) -> socket.socket:
         self._ports.rotate()
         for port in tuple(self._ports):
-            with contextlib.suppress(ConnectionRefusedError):
+            with contextlib.suppress(*NO_CONNECTION):
                 return socket.create_connection(("127.0.0.1", port), TIMEOUT)
         raise ConnectionRefusedError("no server is there")
 
