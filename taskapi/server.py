@@ -343,10 +343,8 @@ class Server(TcpWSGIServer):
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
         self.is_stopping = True
-        door = select.poll()
-        door.register(self.socket, select.POLLIN)
         for _ in range(BACKLOG):  # not for ever, should there be no descriptor for them
-            if not door.poll(0):
+            if not has_arrival(self.socket):
                 break
             self.handle_accept()
         self.forget(self._fileno)
@@ -355,7 +353,7 @@ class Server(TcpWSGIServer):
         while (passed := time.monotonic() - started) < DRAIN and self.active_channels:
             if passed > LINGER:
                 for channel in list(self.active_channels.values()):
-                    if channel.is_idle():
+                    if channel.is_idle() and not has_arrival(channel.socket):  # since the last step
                         channel.handle_close()
             self._step(0.05)
         for dispatcher in (self.task_dispatcher, *self._health.values()):
@@ -363,6 +361,13 @@ class Server(TcpWSGIServer):
         for channel in list(self.active_channels.values()):
             channel.handle_close()
         self.trigger.close()
+
+
+def has_arrival(sock: socket.socket) -> bool:
+    """Whether there is something to read, or somebody to take in."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def listen(host: str, port: int) -> socket.socket:
