@@ -51,12 +51,14 @@ shorter; this one is for a backend or a network that is frozen and cannot keep t
 UNREACHABLE = "The database cannot be reached now."
 UNKNOWN = "The connection to the database was lost. The change may have happened or not: look before you try again."
 NOT_READY = "The database is not ready for this version now."
+CONFLICT = "The change met another one at the same time. Nothing was changed."
 
 FAULTS = {
     "22023": NOT_READY,  # there is no role taskapi_user
     "25006": "The database takes no changes now.",  # a standby
     "3F000": NOT_READY,
-    "40": "The change met another one at the same time. Nothing was changed.",  # serialization failure, deadlock
+    "40001": CONFLICT,  # serialization failure
+    "40P01": CONFLICT,  # deadlock
     "42501": NOT_READY,
     "42703": NOT_READY,
     "42P01": NOT_READY,
@@ -170,6 +172,10 @@ class Database:
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one
+            raise
+        except errors.ReadOnlySqlTransaction:
+            if self._is_own:
+                conn.close()  # where DATABASE_URL names several hosts, another may take changes by now
             raise
         finally:
             self._pool.putconn(conn)

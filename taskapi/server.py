@@ -61,6 +61,12 @@ LINGER = 1
 DRAIN = 30
 """Seconds that a server which ends gives to requests under way and to answers that are being read."""
 
+MAX_THREADS = 64
+"""Threads at most, while those that there are wait for a database that does not answer, or for a lock."""
+
+PATIENCE = 0.05
+"""Seconds for which a request is the next, before there are twice as many threads for it."""
+
 Job = Callable[[Callable[[], bool]], None]
 """What a process does as long as its argument says to go on."""
 
@@ -254,6 +260,7 @@ class Server(TcpWSGIServer):
         self.is_stopping = False
         self.changed: deque[Channel] = deque()  # connections that a thread, or a birth, left in another state
         self.serving = threading.local()  # the connection whose request a thread works at
+        self._next: tuple[Channel | None, float] = None, 0  # the one that a thread takes next, and since when it is
         self._poll = select.poll()
         self._watched: dict[int, int] = {}
         self._health = {path: ThreadedTaskDispatcher() for path in HEALTH}
@@ -316,7 +323,8 @@ class Server(TcpWSGIServer):
     def _step(self, timeout: float) -> None:
         while self.changed:
             self._watch(self.changed.popleft())
-        for descriptor, flags in self._poll.poll(timeout * 1000):
+        self._adjust_threads()
+        for descriptor, flags in self._poll.poll(1000 * (PATIENCE if self._next[0] else timeout)):
             if (dispatcher := self._map.get(descriptor)) is None:  # closed meanwhile
                 self.forget(descriptor)
                 continue
@@ -326,6 +334,20 @@ class Server(TcpWSGIServer):
         if now >= self.next_channel_cleanup:
             self.next_channel_cleanup = now + self.adj.cleanup_interval
             self.maintenance(now)
+
+    def _adjust_threads(self) -> None:
+        """Sees to it that requests which wait for the database do not keep all others waiting. A queue that moves
+        needs no more threads: they would only get in each other's way."""
+        before, since = self._next
+        first = next(iter(self.task_dispatcher.queue), None)
+        now = time.monotonic()
+        if first is not before:
+            self._next = first, now
+        elif first and now - since > PATIENCE:
+            self._next = first, now
+            self.task_dispatcher.set_thread_count(min(2 * len(self.task_dispatcher.threads), MAX_THREADS))
+        elif not first and now - since > 1:
+            self.task_dispatcher.set_thread_count(self.adj.threads)
 
     def _watch(self, dispatcher: Any) -> None:
         """Tells the kernel what to wake us for: what may be read, and what waits to be written."""

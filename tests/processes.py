@@ -157,11 +157,11 @@ class Process:
 
     @property
     def stdout(self) -> str:
-        return os.fsdecode(os.pread(self.out.fileno(), 1_000_000, 0))  # moves no offset: the program shares it
+        return _written(self.out)
 
     @property
     def stderr(self) -> str:
-        return os.fsdecode(os.pread(self.err.fileno(), 1_000_000, 0))
+        return _written(self.err)
 
     @property
     def complaints(self) -> list[str]:
@@ -185,6 +185,11 @@ class Process:
         """Sends a signal and returns the exit status."""
         self.popen.send_signal(number)
         return self.popen.wait(TIMEOUT)
+
+
+def _written(file: IO[bytes]) -> str:
+    """All of it; no offset is moved, for the program that writes shares it."""
+    return os.fsdecode(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0))
 
 
 @dataclass(frozen=True)

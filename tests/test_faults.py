@@ -481,6 +481,19 @@ def test_while_all_of_postgresql_is_frozen_everybody_is_answered_in_time(server:
     assert count(postgres, "never sent") == 0
 
 
+def test_a_crowd_that_waits_for_a_frozen_database_does_not_hold_up_refusals(server: Server, postgres: Postgres) -> None:
+    """As many as come together before the first has waited in vain."""
+    with postgres.frozen(), ThreadPoolExecutor(40) as threads:
+        waiting = [threads.submit(read, server) for _ in range(40)]
+        with within(SLACK):
+            for _ in range(3):
+                assert server.ask("GET", TASKS, token="no.good.one").status == 401
+        assert not any(one.done() for one in waiting)
+        with within(BOUND):
+            for one in waiting:
+                assert_unavailable(one.result(), UNREACHABLE)
+
+
 def test_while_readiness_is_looked_into_the_process_says_that_it_lives(server: Server, postgres: Postgres) -> None:
     with ThreadPoolExecutor(2) as threads:
         with postgres.frozen():
@@ -552,7 +565,7 @@ def test_a_change_that_met_another_in_stricter_isolation_is_told_that_nothing_wa
             conn.execute("UPDATE taskapi.tasks SET title = 'met' WHERE id = %s", [int(task.rpartition("/")[2])])
             answer = threads.submit(server.ask, "PATCH", f"{task}/complete")
             postgres.wait_for_backends("transactionid")
-        assert_unavailable(answer.result(), FAULTS["40"])
+        assert_unavailable(answer.result(), FAULTS["40001"])
     assert not server.ask("GET", task).json["is_completed"]
 
 
@@ -694,7 +707,8 @@ def test_a_login_that_loses_its_role_is_missed_until_it_has_it_again(server: Ser
 
 
 EXAMPLES = {
-    "40": ("40001", "40P01"),
+    "40001": ("40001",),
+    "40P01": ("40P01",),
     "53": ("53100", "53200", "53300"),
     "57": ("57014", "57P01", "57P03"),
     "58": ("58000", "58030"),
@@ -782,6 +796,22 @@ def test_a_failover_in_mid_traffic_loses_nothing(
                 back = time.monotonic()
             assert is_whole(another)
         assert all(client.last_failure < back + RECOVERY for client in clients)
+
+
+def test_a_server_that_takes_no_more_changes_is_left_for_one_that_does(
+    postgres: Postgres, checkout_to_serve: Path, tmp_path: Path
+) -> None:
+    """Though nothing has broken the connections to it."""
+    with postgres.standby(tmp_path / "standby") as standby:
+        hosts = ",".join(str(conninfo_to_dict(one.url)["host"]) for one in (postgres, standby))
+        url = f"postgresql://app@/postgres?host={hosts}&target_session_attrs=read-write"
+        with serving_from(url, checkout_to_serve) as another:
+            assert create(another).status == 201
+            standby.promote()
+            with postgres.setting("default_transaction_read_only", "on"), within(RECOVERY):
+                assert_unavailable(create(another, "too late"), FAULTS["25006"])
+                wait_until(lambda: create(another).status == 201, "a change is taken")
+            assert standby.run("SELECT count(*) FROM taskapi.tasks WHERE title = 'too late'") == [(0,)]
 
 
 # The server killed
