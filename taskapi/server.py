@@ -261,6 +261,7 @@ class Server(TcpWSGIServer):
         self.changed: deque[Channel] = deque()  # connections that a thread, or a birth, left in another state
         self.serving = threading.local()  # the connection whose request a thread works at
         self._next: tuple[Channel | None, float] = None, 0  # the one that a thread takes next, and since when it is
+        self._called: float = 0  # when more threads were called in
         self._poll = select.poll()
         self._watched: dict[int, int] = {}
         self._health = {path: ThreadedTaskDispatcher() for path in HEALTH}
@@ -345,8 +346,10 @@ class Server(TcpWSGIServer):
             self._next = first, now
         elif first and now - since > PATIENCE:
             self._next = first, now
+            self._called = now
             self.task_dispatcher.set_thread_count(min(2 * len(self.task_dispatcher.threads), MAX_THREADS))
-        elif not first and now - since > 1:
+        if self._called and now - self._called > 1:
+            self._called = 0
             self.task_dispatcher.set_thread_count(self.adj.threads)
 
     def _watch(self, dispatcher: Any) -> None:
