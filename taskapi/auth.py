@@ -6,6 +6,7 @@ The signature is checked by PyJWT, on which it stands; the claims are checked he
 """
 
 import hashlib
+import logging
 import re
 import threading
 import time
@@ -22,9 +23,11 @@ from flask_jwt_extended import JWTManager, create_access_token
 from .config import ConfigError, Settings
 from .keys import ALGORITHMS, KeySet, KeysUnavailable, Secrets
 from .limits import Limits
-from .logs import event
+from .logs import event, request_id
 from .problems import problem, unavailable
 from .schemas import MAX_BODY, parse_json, storable
+
+log = logging.getLogger(__name__)
 
 LEEWAY = 10
 """Seconds by which an issuer's clock may be ahead (`nbf`, `iat`). Never granted to `exp`."""
@@ -142,8 +145,11 @@ class Guard:
         return next((keys.age for keys in self._keys if isinstance(keys, KeySet)), None)
 
     def is_ready(self) -> bool:
-        """Whether there are keys to verify tokens with."""
-        return any(keys.is_ready() for keys in self._keys)
+        """Whether there are keys to verify tokens with; the lack is logged."""
+        found = any(keys.is_ready() for keys in self._keys)
+        if not found:
+            log.error("not ready", extra={"request_id": request_id(), "reason": "no key to verify tokens with"})
+        return found
 
     def _keep(self, token: str, verified: Verified) -> None:
         digest = _digest(token)

@@ -20,6 +20,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from . import pipeline
 from .config import ConfigError
+from .logs import request_id
 from .pipeline import ConnectionLost
 from .problems import unavailable
 
@@ -138,7 +139,8 @@ class Database:
                 return self._run(name, params)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             detail = self._meaning(error, is_read)
-            log.error("the database does not answer", extra={"statement": name, "reason": _first_line(error)})
+            about = {"request_id": request_id(), "statement": name, "reason": _first_line(error)}
+            log.error("the database does not answer", extra=about)
             abort(unavailable(detail))
         finally:
             g.taskapi_database = time.monotonic() - started
@@ -217,7 +219,7 @@ class Database:
                 self._pool.putconn(conn)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             self._is_down = isinstance(error, psycopg_pool.PoolTimeout)
-            log.error("not ready", extra={"reason": _first_line(error)})
+            log.error("not ready", extra={"request_id": request_id(), "reason": _first_line(error)})
             return False
         return True
 

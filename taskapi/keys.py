@@ -105,6 +105,8 @@ class KeySet:
     def is_ready(self) -> bool:
         """Whether any key is known; if not, the issuer is asked."""
         _ = self.generation
+        if not self._keys:  # a new Better Auth has none yet
+            self._fetch(wait=True)
         return bool(self._keys)
 
     def find(self, algorithm: str, kid: str | None) -> Sequence[Any]:

@@ -48,9 +48,13 @@ def request_id() -> str:
     """The request's id: the one that X-Request-ID brings if it is sane, else one made here."""
     if "taskapi_request_id" not in g:
         given = request.headers.get("X-Request-ID", "")
-        g.taskapi_request_id = given if _SANE.fullmatch(given) else secrets.token_hex(8)
+        g.taskapi_request_id = given if _SANE.fullmatch(given) else _new_id()
     found: str = g.taskapi_request_id
     return found
+
+
+def _new_id() -> str:
+    return secrets.token_hex(8)
 
 
 def event(name: str, **fields: Any) -> None:
@@ -83,6 +87,15 @@ def log_requests(app: Flask) -> None:
             remembered=g.get("taskapi_remembered"),
         )
         return tell_request_id(response)
+
+
+def log_unreadable(client: str, status: int) -> str:
+    """The same line for what is no HTTP and so reaches no app. Returns its id, which is made: no header is believed."""
+    id = _new_id()
+    nothing = dict.fromkeys(("method", "route", "user", "remembered"))
+    about = {**nothing, "client": client, "request_id": id, "status": status, "duration": 0, "database": 0}
+    log.info("request", extra=about)
+    return id
 
 
 def _milliseconds(seconds: float) -> float:

@@ -174,7 +174,10 @@ class Refusal(ErrorTask):
         error = self.request.error
         body = problems.body(error.code, "The request is not one that this server can read.")
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", "application/problem+json"))
+        self.response_headers += [
+            ("Content-Type", "application/problem+json"),
+            ("X-Request-ID", logs.log_unreadable(self.channel.addr[0], error.code)),
+        ]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
