@@ -15,6 +15,7 @@ log = logging.getLogger("taskapi")
 
 _SANE = re.compile(r"[\w.~+/=:@-]{1,128}", re.ASCII)
 _USUAL = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
+_RENAMED = {"asctime": "time", "levelname": "level", "name": "logger"}
 
 
 class ReadableFormatter(logging.Formatter):
@@ -23,6 +24,14 @@ class ReadableFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         members = [f"{k}={_plain(v)}" for k, v in record.__dict__.items() if k not in _USUAL and v is not None]
         return " ".join([super().format(record), *members])
+
+
+class _Json(JsonFormatter):
+    """Times in UTC (RFC 3339), so that lines of several machines sort."""
+
+    converter = time.gmtime
+    default_time_format = "%Y-%m-%dT%H:%M:%S"
+    default_msec_format = "%s.%03dZ"
 
 
 def _plain(value: object) -> str:
@@ -37,8 +46,7 @@ def configure(stream: TextIO = sys.stderr) -> None:
     if stream.isatty():
         handler.setFormatter(ReadableFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     else:
-        renamed = {"asctime": "time", "levelname": "level", "name": "logger"}
-        handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=renamed))
+        handler.setFormatter(_Json("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=_RENAMED))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that waits for a thread

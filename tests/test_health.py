@@ -173,7 +173,7 @@ def test_every_request_has_one_line_that_tells_all_of_it_under_the_id_that_is_se
             assert (answer.status, answer.headers["x-request-id"]) == (status, f"r{number}")
             (line,) = [line for line in lines(server, f"r{number}") if line["message"] == "request"]
             assert line.keys() == FIELDS
-            assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}", line["time"])
+            assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
             assert (line["level"], line["client"]) == ("INFO", "127.0.0.1")
             assert (line["status"], line["method"], line["route"], line["user"]) == (status, method, route, user)
             assert line["duration"] >= line["database"] >= 0
