@@ -29,7 +29,7 @@ class ReadableFormatter(logging.Formatter):
 class _Json(JsonFormatter):
     """Times in UTC (RFC 3339), so that lines of several machines sort."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
 
