@@ -1,5 +1,11 @@
--- Deletes a task and returns it as it was, as JSON.
--- Parameters: user_id, id
-DELETE FROM taskapi.tasks AS t
-WHERE t.user_id = %(user_id)s AND t.id = %(id)s
-RETURNING row_to_json(t)
+-- Deletes a task and returns it as it was, as JSON, and its tag.
+-- Parameters: user_id, id, if_match
+WITH changed AS (
+    DELETE FROM taskapi.tasks AS t
+    WHERE t.user_id = %(user_id)s AND t.id = %(id)s
+      AND (%(if_match)s::text[] IS NULL OR to_json(t.updated_at)::text = ANY (%(if_match)s))
+    RETURNING t.*
+), counted AS (
+    UPDATE taskapi.users AS u SET version = u.version + 1 FROM changed WHERE u.id = %(user_id)s
+)
+SELECT row_to_json(changed), to_json(updated_at) FROM changed

@@ -1,11 +1,18 @@
--- Changes the members that the JSON object `changes` names, keeps the rest, and returns the task as JSON.
+-- Changes the members that the JSON object `changes` names, keeps the rest, and returns the task as JSON, and its tag.
 -- updated_at grows even when two changes meet in one microsecond or the clock steps back.
--- Parameters: user_id, id, changes
-UPDATE taskapi.tasks AS t
-SET (title, description, is_completed) = (
-        SELECT n.title, n.description, n.is_completed
-        FROM jsonb_populate_record(t, %(changes)s::jsonb) AS n
-    ),
-    updated_at = greatest(now(), t.updated_at + interval '1 microsecond')
-WHERE t.user_id = %(user_id)s AND t.id = %(id)s
-RETURNING row_to_json(t)
+-- Parameters: user_id, id, changes, if_match
+WITH changed AS (
+    UPDATE taskapi.tasks AS t
+    SET (title, description, is_completed, due_at, priority, tags, completed_at) = (
+            SELECT n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,
+                   CASE WHEN n.is_completed THEN coalesce(t.completed_at, now()) END
+            FROM jsonb_populate_record(t, %(changes)s::jsonb) AS n
+        ),
+        updated_at = greatest(now(), t.updated_at + interval '1 microsecond')
+    WHERE t.user_id = %(user_id)s AND t.id = %(id)s
+      AND (%(if_match)s::text[] IS NULL OR to_json(t.updated_at)::text = ANY (%(if_match)s))
+    RETURNING t.*
+), counted AS (
+    UPDATE taskapi.users AS u SET version = u.version + 1 FROM changed WHERE u.id = %(user_id)s
+)
+SELECT row_to_json(changed), to_json(updated_at) FROM changed

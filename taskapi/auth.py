@@ -25,7 +25,7 @@ from .keys import ALGORITHMS, KeySet, KeysUnavailable, Secrets
 from .limits import Limits
 from .logs import event, request_id
 from .problems import problem, unavailable
-from .schemas import MAX_BODY, parse_json, storable
+from .schemas import parse_json, storable
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +174,6 @@ def guard() -> Response | None:
 
     401 without a valid token, 403 where its user is not the one of the URL: before anything else is looked at.
     """
-    request.max_content_length = MAX_BODY
     if request.method == "OPTIONS":
         return None
     limits: Limits = current_app.extensions["taskapi.limits"]

@@ -122,8 +122,10 @@ class Database:
         if self._is_own:
             self._pool.close()
 
-    def run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
-        """The one row that sql/{name}.sql returns to the user `params["user_id"]`, as PostgreSQL wrote it, or None.
+    def run(self, name: str, params: dict[str, Any], by_values: bool = False) -> tuple[bytes, ...] | None:
+        """The one row that sql/{name}.sql returns to the user `params["user_id"]`, as PostgreSQL wrote it, or None:
+        there is none, or the request's Idempotency-Key was used before. `by_values` has the statement planned for these
+        parameters alone.
 
         Ends the request with 503 where the database cannot answer, after POOL_TIMEOUT and DEADLINE at the latest. A
         read whose connection is lost is tried once more; a change never is, for it may have happened.
@@ -132,12 +134,14 @@ class Database:
         started = time.monotonic()
         try:
             try:
-                return self._run(name, params)
+                return self._run(name, params, by_values)
             except ConnectionLost:
                 if not is_read or time.monotonic() - started > 1:  # not for a frozen one: that would be to wait twice
                     raise
-                return self._run(name, params)
+                return self._run(name, params, by_values)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
+            if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "first_answers_pkey":
+                return None
             detail = self._meaning(error, is_read)
             about = {"request_id": request_id(), "statement": name, "reason": _first_line(error)}
             log.error("the database does not answer", extra=about)
@@ -163,14 +167,15 @@ class Database:
             self._schema_is_current = False
         return detail
 
-    def _run(self, name: str, params: dict[str, Any]) -> tuple[bytes, ...] | None:
+    def _run(self, name: str, params: dict[str, Any], by_values: bool) -> tuple[bytes, ...] | None:
         conn = self._borrow()
         started = time.monotonic()
         try:
             if not self._schema_is_current:
                 self._check_schema(conn)
             left = DEADLINE - (time.monotonic() - started)
-            result = pipeline.run(conn, [statement("begin_as_user"), statement(name)], params, left)
+            names = ("begin_as_user", *(("plan_by_values",) if by_values else ()), name)
+            result = pipeline.run(conn, [statement(one) for one in names], params, left)
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one

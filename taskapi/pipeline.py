@@ -102,7 +102,13 @@ def _send(
 
 
 def _encoded(value: Any) -> bytes | None:
-    """A parameter as PostgreSQL reads it from text. Raises ValueError for NUL, at which libpq would cut the value."""
+    """A parameter as PostgreSQL reads it from text: a list as an array of text.
+
+    Raises ValueError for NUL, at which libpq would cut the value.
+    """
+    if isinstance(value, list):
+        escaped = (one.replace("\\", "\\\\").replace('"', '\\"') for one in value)
+        value = "{" + ",".join(f'"{one}"' for one in escaped) + "}"
     encoded = None if value is None else str(value).encode()
     if encoded and b"\0" in encoded:
         raise ValueError("NUL in a parameter")

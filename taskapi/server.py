@@ -34,11 +34,11 @@ from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from . import auth, create_app, local, logs, metrics, problems
 from .config import ConfigError, Settings
 from .db import Database, database
-from .schemas import MAX_BODY
+from .schemas import MAX_BODY, MAX_BULK
 
 log = logging.getLogger(__name__)
 
-MAX_DROPPED = 1024 * 1024
+MAX_DROPPED = 2 * MAX_BULK
 """Bytes of a body over the limit that are read, and dropped, so that its sender lives to see the answer. Whoever
 announces more is answered at once, and the connection closed."""
 
@@ -78,6 +78,7 @@ WAITRESS: dict[str, Any] = {
     "backlog": BACKLOG,
     "cleanup_interval": 5,  # seconds: how soon those are found that took too long
     "outbuf_high_watermark": 2**40,  # bytes: no thread waits for a slow reader; what is over 1 MiB lies on the disk
+    "inbuf_overflow": MAX_BODY,  # bytes: of a body that is larger the rest lies on the disk
     "max_request_header_size": 16_384,  # a token, a cookie and a long URL
     "max_request_body_size": MAX_DROPPED + 1,  # the limit itself is the app's, see Parser
     "ident": None,  # say little
@@ -114,7 +115,7 @@ class Parser(HTTPRequestParser):
         finally:  # a request that is refused must not wait for its body either
             expected, self.expect_continue = self.expect_continue, False
         self._check_framing()
-        too_large = self.content_length > MAX_BODY
+        too_large = self.content_length > self._max_body()
         self.expect_continue = expected and not too_large and (self.chunked or self.content_length > 0)
         if self.content_length > MAX_DROPPED or (too_large and expected):  # who waits for our word hears no
             self._pass_on_without_body(self.content_length)
@@ -130,9 +131,14 @@ class Parser(HTTPRequestParser):
         if not one_host or two_lengths or "TRANSFER_ENCODING" in headers:  # waitress takes that out of HTTP/1.1 only
             raise ParsingError("ambiguous")
 
+    def _max_body(self) -> int:
+        """Bytes that the body may have, for all that can be known before it comes."""
+        return MAX_BULK if self.command == "POST" and self.path.endswith("/tasks") else MAX_BODY
+
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
-        if self.chunked and not self.error and self.body_bytes_received > 2 * MAX_BODY:  # a chunk has a head, too
+        too_long = self.chunked and self.body_bytes_received > 2 * self._max_body()  # a chunk has a head, too
+        if too_long and not self.error:
             self._pass_on_without_body(self.body_bytes_received)
         return len(data) if self.rest_is_body else consumed
 

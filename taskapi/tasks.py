@@ -1,4 +1,4 @@
-"""The blueprint `bp`: six operations on one user's tasks, behind the guard."""
+"""The blueprint `bp`: the operations on one user's tasks, behind the guard."""
 
 import json
 import re
@@ -10,9 +10,10 @@ from flask.blueprints import BlueprintSetupState
 from werkzeug.exceptions import MethodNotAllowed
 from werkzeug.routing import BaseConverter, Rule
 
-from . import auth, cors, logs, problems, schemas
+from . import auth, conditions, cors, logs, pages, problems, schemas
 from .db import database
 from .logs import event
+from .problems import problem
 
 bp = Blueprint("taskapi", __name__)
 bp.before_request(auth.guard)
@@ -48,40 +49,78 @@ _MAX_ID = 2**63 - 1
 
 @bp.get(LIST, **OPTIONS)
 def list_tasks(user_id: str) -> Response:
-    return _task("list_tasks")
+    query = schemas.load_parameters(schemas.LIST)
+    key, cursor = b"", query.pop("cursor")
+    if cursor or "If-None-Match" in request.headers:
+        version, key = database().run("get_user", {"user_id": user_id}) or (b"0", b"")
+        if response := conditions.not_modified(_quoted(version)):
+            return response
+    query |= pages.position(cursor, key)
+    body, found, version, key, count = _run("list_tasks", **query, by_values=bool(request.args))
+    link = None
+    if int(found) > query["limit"]:
+        body, link = pages.split(body, query["sort"], key, url_for(".list_tasks", user_id=user_id))
+    response = _answer(body, _quoted(version or b"0"))
+    if link:
+        response.headers["Link"] = link
+    if count:
+        response.headers["X-Total-Count"] = count.decode()
+    return response
 
 
 @bp.post(LIST, **OPTIONS)
 def create_task(user_id: str) -> Response:
+    tasks, is_array = schemas.load_tasks()
+    repeat = {"key": conditions.idempotency_key(), "digest": conditions.digest([tasks, is_array])}
     person = {"email": g.taskapi_user.email, "name": g.taskapi_user.name}
-    body, id, is_new = _run("create_task", **schemas.load(schemas.TASK), **person)
-    if is_new == b"t":
-        event("new user", user=user_id)
-    location = url_for(".get_task", user_id=user_id, id=id.decode())
-    return Response(body, 201, {"Location": location}, mimetype="application/json")
+    row = None
+    if repeat["key"] is None or (row := _first_answer(repeat)) is None:
+        row = database().run("create_tasks", {"user_id": user_id, "tasks": json.dumps(tasks), **repeat, **person})
+        if row and row[3] == b"t":
+            event("new user", user=user_id)
+    body, tag, id, _ = row or _first_answer(repeat) or abort(404)  # or another with this key was faster
+    if is_array:
+        return Response(body, 201, mimetype="application/json")
+    response = _answer(body[1:-1], tag, 201)  # of an array of one
+    response.headers["Location"] = url_for(".get_task", user_id=user_id, id=id.decode())
+    return response
+
+
+@bp.delete(LIST, **OPTIONS)
+def delete_tasks(user_id: str) -> Response:
+    filters = schemas.load_parameters(schemas.FILTER)
+    if not request.args:
+        schemas.refuse_parameters([("is_completed", "Choose what to delete, by this or any other filter.")])
+    row = database().run("delete_tasks", {"user_id": user_id, **filters, "if_match": conditions.if_match()})
+    if row is None:
+        return _precondition_failed()
+    event("deleted", user=user_id, count=int(row[1]))
+    return Response(row[0], mimetype="application/json")
 
 
 @bp.get(ITEM, **OPTIONS)
 def get_task(user_id: str, id: str) -> Response:
-    return _task("get_task", id=_id(id))
+    body, tag = _run("get_task", id=_id(id))
+    return conditions.not_modified(tag) or _answer(body, tag)
 
 
 @bp.put(ITEM, **OPTIONS)
 def update_task(user_id: str, id: str) -> Response:
-    return _task("update_task", id=_id(id), changes=json.dumps(schemas.load_changes(schemas.CHANGES)))
+    return _change("update_task", id=_id(id), changes=json.dumps(schemas.load(schemas.CHANGES)))
 
 
 @bp.delete(ITEM, **OPTIONS)
 def delete_task(user_id: str, id: str) -> Response:
-    answer = _task("delete_task", id=_id(id))
-    event("deleted", user=user_id, task=id)
+    answer = _change("delete_task", id=_id(id))
+    if answer.status_code == 200:
+        event("deleted", user=user_id, task=id)
     return answer
 
 
 @bp.patch(STATE, **OPTIONS)
 def complete_task(user_id: str, id: str) -> Response:
-    state = schemas.load_changes(schemas.STATE) if schemas.has_body() else {"is_completed": None}
-    return _task("complete_task", id=_id(id), **state)
+    state = schemas.load(schemas.STATE) if schemas.has_body() else {"is_completed": None}
+    return _change("complete_task", id=_id(id), **state)
 
 
 def any_other_method(**_: str) -> Response:
@@ -113,14 +152,43 @@ def _id(text: str) -> int:
     return int(text)
 
 
-def _task(statement: str, **params: Any) -> Response:
-    """PostgreSQL's JSON as the answer."""
-    return Response(_run(statement, **params)[0], mimetype="application/json")
+def _answer(body: bytes, tag: bytes, status: int = 200) -> Response:
+    """PostgreSQL's JSON, and the tag of its state."""
+    return Response(body, status, conditions.tag_headers(tag), mimetype="application/json")
 
 
-def _run(statement: str, **params: Any) -> tuple[bytes, ...]:
+def _quoted(version: bytes) -> bytes:
+    return b'"%s"' % version
+
+
+def _change(statement: str, **params: Any) -> Response:
+    """The task that a statement changed, if it was in a state that the request allows (else 412)."""
+    if_match = conditions.if_match()
+    row = database().run(statement, {"user_id": g.taskapi_user.id, **params, "if_match": if_match})
+    if row is None and if_match is not None:
+        _run("get_task", id=params["id"])
+        return _precondition_failed()
+    if row is None:
+        abort(404)
+    return _answer(row[0], row[1])
+
+
+def _precondition_failed() -> Response:
+    return problem(412, "It was changed since you read it. Nothing was changed now.")
+
+
+def _first_answer(repeat: dict[str, Any]) -> tuple[bytes, ...] | None:
+    """What this request was answered when it came first, if it is not the first."""
+    if row := database().run("get_first_answer", {"user_id": g.taskapi_user.id, **repeat}):
+        if row[3] != b"t":
+            conditions.refuse_key("Was used for another request.")
+        return row
+    return None
+
+
+def _run(statement: str, by_values: bool = False, **params: Any) -> tuple[bytes, ...]:
     """The row that a statement returns to the request's user; 404 where there is none."""
-    row = database().run(statement, {"user_id": g.taskapi_user.id, **params})
+    row = database().run(statement, {"user_id": g.taskapi_user.id, **params}, by_values)
     if row is None:
         abort(404)
     return row

@@ -1,0 +1,32 @@
+-- Adds the tasks of a JSON array in its order, and returns them as one, the tag and the id of the first, and whether
+-- their owner is new. The owner's row comes along: made at the first task, and brought up to date where the token tells something new.
+-- With a key it keeps the answer for whoever repeats the request, fails if there is one, and clears those that are a
+-- day old.
+-- Parameters: user_id, email, name, tasks, key, digest
+WITH owner AS (
+    INSERT INTO taskapi.users AS u (id, email, name, version)
+    VALUES (%(user_id)s, %(email)s, %(name)s, 1)
+    ON CONFLICT (id) DO UPDATE
+    SET version = u.version + 1,
+        email = coalesce(excluded.email, u.email),
+        name = coalesce(excluded.name, u.name),
+        updated_at = now()
+    RETURNING xmax = 0 AS is_new
+), created AS (
+    INSERT INTO taskapi.tasks
+        (user_id, title, description, is_completed, due_at, priority, tags, completed_at)
+    SELECT %(user_id)s, n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,
+           CASE WHEN n.is_completed THEN now() END
+    FROM jsonb_populate_recordset(NULL::taskapi.tasks, %(tasks)s::jsonb) WITH ORDINALITY AS n
+    ORDER BY n.ordinality
+    RETURNING *
+), answer AS (
+    SELECT coalesce(json_agg(created ORDER BY id), '[]') AS body, min(updated_at) AS updated_at, min(id) AS id FROM created
+), kept AS (
+    INSERT INTO taskapi.first_answers (user_id, key, digest, answer)
+    SELECT %(user_id)s, %(key)s, %(digest)s, body FROM answer WHERE %(key)s::text IS NOT NULL
+), cleared AS (
+    DELETE FROM taskapi.first_answers
+    WHERE user_id = %(user_id)s AND %(key)s::text IS NOT NULL AND created_at < now() - interval '24 hours'
+)
+SELECT body, to_json(updated_at), id, (SELECT is_new FROM owner) FROM answer

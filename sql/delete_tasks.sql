@@ -1,0 +1,27 @@
+-- Deletes the user's tasks that pass every filter given, and returns them as one JSON array, oldest first, and how many
+-- they were; no row where if_match names another state of the list.
+-- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, if_match
+WITH owner AS (
+    UPDATE taskapi.users AS u
+    SET version = u.version + 1
+    WHERE u.id = %(user_id)s AND (%(if_match)s::text[] IS NULL OR to_json(u.version::text)::text = ANY (%(if_match)s))
+    RETURNING u.id
+), deleted AS (
+    DELETE FROM taskapi.tasks AS t
+    USING owner
+    WHERE t.user_id = owner.id AND t.user_id = %(user_id)s
+      AND (%(is_completed)s::boolean IS NULL OR t.is_completed = %(is_completed)s)
+      AND (%(priority)s::text[] IS NULL OR t.priority = ANY (%(priority)s))
+      AND (%(tag)s::text[] IS NULL OR t.tags @> %(tag)s)
+      AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
+      AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
+      AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
+      AND (%(q)s::text IS NULL OR NOT EXISTS (
+          SELECT FROM regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
+          WHERE strpos(taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))), word) = 0
+      ))
+    RETURNING t.*
+)
+SELECT coalesce(json_agg(deleted ORDER BY created_at, id), '[]'), count(*)
+FROM deleted
+HAVING %(if_match)s::text[] IS NULL OR EXISTS (SELECT FROM owner)
