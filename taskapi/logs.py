@@ -2,14 +2,15 @@
 
 import functools
 import logging
+import random
 import re
-import secrets
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
-from flask import Flask, Response, g, request
-from pythonjsonlogger.json import JsonFormatter
+from flask import Flask, Response
+from flask.globals import app_ctx, request_ctx  # looked up once where several things are asked of them
+from pythonjsonlogger.json import JsonEncoder, JsonFormatter
 
 log = logging.getLogger("taskapi")
 
@@ -34,6 +35,14 @@ class _Json(JsonFormatter):
     default_msec_format = "%s.%03dZ"
 
 
+_encoder = JsonEncoder()
+
+
+def _serialized(members: Any, **_: Any) -> str:
+    """With an encoder that is made once, not for each line."""
+    return _encoder.encode(members)
+
+
 def _plain(value: object) -> str:
     """A value without what would move the cursor, colour the screen or pretend to be a line of its own."""
     text = str(value)
@@ -46,28 +55,39 @@ def configure(stream: TextIO = sys.stderr) -> None:
     if stream.isatty():
         handler.setFormatter(ReadableFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S"))
     else:
-        handler.setFormatter(_Json("%(asctime)s %(levelname)s %(name)s %(message)s", rename_fields=_RENAMED))
+        layout = "%(asctime)s %(levelname)s %(name)s %(message)s"
+        handler.setFormatter(_Json(layout, rename_fields=_RENAMED, json_serializer=_serialized))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that waits for a thread
+    # What no line tells need not be found out for each (Python's logging, "Optimization").
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 
 
 def request_id() -> str:
     """The request's id: the one that X-Request-ID brings if it is sane, else one made here."""
-    if "taskapi_request_id" not in g:
-        given = request.headers.get("X-Request-ID", "")
-        g.taskapi_request_id = given if _SANE.fullmatch(given) else _new_id()
-    found: str = g.taskapi_request_id
-    return found
+    state = app_ctx.g
+    if (found := getattr(state, "taskapi_request_id", None)) is None:
+        given = request_ctx.request.headers.get("X-Request-ID")
+        found = given if given and _SANE.fullmatch(given) else _new_id()
+        state.taskapi_request_id = found
+    return cast(str, found)
 
 
 def _new_id() -> str:
-    return secrets.token_hex(8)
+    return f"{random.getrandbits(64):016x}"
 
 
 def event(name: str, **fields: Any) -> None:
     """One line about the request that is served now. The route is told, not the path: a path may hold anything."""
-    log.info(name, extra={**_about_request(), **fields})
+    request = request_ctx.request
+    about = {
+        "method": request.method,
+        "route": request.url_rule and _readable(request.url_rule.rule),
+        "client": request.remote_addr,
+        "request_id": request_id(),
+    }
+    log.info(name, extra={**about, **fields})
 
 
 def tell_request_id(response: Response) -> Response:
@@ -81,20 +101,21 @@ def log_requests(app: Flask) -> None:
 
     @app.before_request
     def begin() -> None:
-        g.taskapi_began = time.perf_counter()
+        app_ctx.g.taskapi_began = time.perf_counter()
 
     @app.after_request
     def end(response: Response) -> Response:
-        user = g.get("taskapi_user")
+        state = app_ctx.g
+        user = state.get("taskapi_user")
         event(
             "request",
             status=response.status_code,
-            duration=_milliseconds(time.perf_counter() - g.taskapi_began),
-            database=_milliseconds(g.get("taskapi_database", 0)),
+            duration=_milliseconds(time.perf_counter() - state.taskapi_began),
+            database=_milliseconds(state.get("taskapi_database", 0)),
             user=user and user.id,
-            remembered=g.get("taskapi_remembered"),
+            remembered=state.get("taskapi_remembered"),
         )
-        return tell_request_id(response)
+        return response if "X-Request-ID" in response.headers else tell_request_id(response)
 
 
 def log_unreadable(client: str, status: int) -> str:
@@ -114,13 +135,3 @@ def _milliseconds(seconds: float) -> float:
 def _readable(rule: str) -> str:
     """/api/{user_id}/tasks for the router's /api/<taskapi_user:user_id>/tasks."""
     return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)
-
-
-def _about_request() -> dict[str, Any]:
-    rule = request.url_rule
-    return {
-        "method": request.method,
-        "route": rule and _readable(rule.rule),
-        "client": request.remote_addr,
-        "request_id": request_id(),
-    }

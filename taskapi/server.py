@@ -13,7 +13,6 @@ import struct
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -29,10 +28,12 @@ from waitress.channel import ClientDisconnected, HTTPChannel
 from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.receiver import FixedStreamReceiver
 from waitress.server import TcpWSGIServer
-from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.task import ErrorTask, WSGITask
+from waitress.utilities import build_http_date
 
 from . import auth, create_app, local, logs, metrics, problems
 from .config import ConfigError, Settings
+from .cores import Cores
 from .db import Database, database
 from .schemas import MAX_BODY, MAX_BULK
 
@@ -61,22 +62,25 @@ LINGER = 1
 DRAIN = 30
 """Seconds that a server which ends gives to requests under way and to answers that are being read."""
 
+THREADS = 2
+"""Threads that serve: one works while the other waits for the database. More would only wait for the interpreter."""
+
 MAX_THREADS = 64
 """Threads at most, while those that there are wait for a database that does not answer, or for a lock."""
 
 PATIENCE = 0.05
-"""Seconds for which a request is the next, before there are twice as many threads for it."""
+"""Seconds for which nobody gets anything done, before there are twice as many threads."""
+
+CLEANUP = 5
+"""Seconds between looks for connections that took too long."""
 
 Job = Callable[[Callable[[], bool]], None]
 """What a process does as long as its argument says to go on."""
 
-HEALTH = ("/livez", "/readyz")
 END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 WAITRESS: dict[str, Any] = {
-    "threads": 4,  # no more than connections in the pool: a thread without one would only wait
     "backlog": BACKLOG,
-    "cleanup_interval": 5,  # seconds: how soon those are found that took too long
     "outbuf_high_watermark": 2**40,  # bytes: no thread waits for a slow reader; what is over 1 MiB lies on the disk
     "inbuf_overflow": MAX_BODY,  # bytes: of a body that is larger the rest lies on the disk
     "max_request_header_size": 16_384,  # a token, a cookie and a long URL
@@ -167,10 +171,27 @@ class Answer(WSGITask):
         self.channel.write_soon(head + data)
 
     def build_response_header(self) -> bytes:
-        if self.channel.server.is_stopping and len(self.channel.requests) == 1:
-            self.request.headers["CONNECTION"] = "close"  # the next request belongs to another process
-        head: bytes = super().build_response_header()
-        return head
+        """The head as the app made it: waitress's own spells each name anew and sorts them, and closes the connection
+        after an answer without a body, such as 304."""
+        keep = self.request.headers.get("CONNECTION", "").lower()
+        is_last = self.channel.server.is_stopping and len(self.channel.requests) == 1  # the next one is another's
+        lines = [f"HTTP/{self.version} {self.status}", *(f"{name}: {value}" for name, value in self.response_headers)]
+        lines.append(f"Date: {http_date(int(self.start_time))}")
+        if self.content_length is None and self.has_body:
+            is_last = True  # its end is the connection's
+        if keep == "close" or is_last or (self.version == "1.0" and keep != "keep-alive"):
+            self.close_on_finish = True
+            lines.append("Connection: close")
+        elif self.version == "1.0":
+            lines.append("Connection: Keep-Alive")
+        return "\r\n".join([*lines, "", ""]).encode("latin-1")
+
+
+@functools.lru_cache(2)
+def http_date(second: int) -> str:
+    """RFC 9110 (§5.6.7), written once a second."""
+    text: str = build_http_date(second)
+    return text
 
 
 class Refusal(ErrorTask):
@@ -190,12 +211,10 @@ class Refusal(ErrorTask):
 
 
 class Channel(HTTPChannel):
-    """One connection, whose answers go straight to its socket.
+    """One connection, worked at by one thread at a time, whose answers go straight to its socket.
 
-    waitress lays an answer in a buffer and then sends it. While the sending thread waits to get the interpreter back,
-    the main loop finds a full buffer and a writable socket, cannot have the lock, and tries again, without end: with
-    more clients than threads that took four fifths of the speed, and with 256 of them nearly all. What the socket
-    takes at once is never laid in the buffer here, so the main loop has nothing to find.
+    waitress lays an answer in a buffer and then sends it; here only what the socket does not take at once is laid
+    there, to be sent when it takes more.
     """
 
     parser_class = Parser
@@ -205,9 +224,16 @@ class Channel(HTTPChannel):
     """Since when we wait for the rest of a request, or for an answer to be read."""
 
     def __init__(self, server: "Server", *args: Any, **kwargs: Any) -> None:
+        self.turn = threading.Lock()
         super().__init__(server, *args, **kwargs)
         self.waiting_since = self.last_activity
-        server.changed.append(self)
+        server.ready.watch(self._fileno)
+
+    def work(self, flags: int) -> None:
+        """Reads or writes what the socket is ready for, and answers what has arrived."""
+        wasyncore.readwrite(self, flags)
+        while self.requests:
+            self.service()
 
     def received(self, data: bytes) -> bool:
         more: bool = super().received(data)
@@ -222,24 +248,26 @@ class Channel(HTTPChannel):
         if not self.total_outbufs_len:
             self.waiting_since = None
 
-    def service(self) -> None:
-        self.server.serving.channel = self
-        super().service()
-
     def write_soon(self, data: bytes) -> int:
         if self.total_outbufs_len or not isinstance(data, bytes):
             return int(super().write_soon(data))
-        with self.outbuf_lock:
-            if not self.connected:  # the main loop, which closes under this lock, was faster
-                raise ClientDisconnected
-            sent: int = self.send(data, do_close=False)
+        if not self.connected:
+            raise ClientDisconnected
+        sent: int = self.send(data, do_close=False)
         if sent < len(data):
             self.waiting_since = time.time()
             super().write_soon(data[sent:])
-        if not self.total_outbufs_len:
-            self.waiting_since = None
         self.last_activity = time.time()
         return len(data)
+
+    def close_if(self, condition: Callable[["Channel"], bool]) -> None:
+        """Closes the connection, unless a thread works at it or `condition` says no."""
+        if self.turn.acquire(blocking=False):
+            try:
+                if self.connected and condition(self):
+                    self.handle_close()
+            finally:
+                self.turn.release()
 
     def patience(self) -> tuple[bool, float]:
         """Sorts connections: the one that is closed first, where there are too many, comes first."""
@@ -249,17 +277,61 @@ class Channel(HTTPChannel):
         """Whether nothing has arrived that is not answered, and no answer is on its way."""
         return not (self.requests or self.total_outbufs_len or (self.request and self.request.header_bytes_received))
 
-    def del_channel(self, map: Any = None) -> None:
-        self.server.forget(self._fileno)
-        super().del_channel(map)
+
+class Ready:
+    """The sockets that may be read or written. One thread is told of each, and none again until it is watched again."""
+
+    if sys.platform == "linux":
+
+        def __init__(self) -> None:
+            self._epoll = select.epoll()
+
+        def watch(self, descriptor: int) -> None:
+            self._epoll.register(descriptor, select.EPOLLIN | select.EPOLLONESHOT)
+
+        def watch_again(self, descriptor: int, reads: bool = True, writes: bool = False) -> None:
+            flags = (select.EPOLLIN if reads else 0) | (select.EPOLLOUT if writes else 0)
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self._epoll.modify(descriptor, flags | select.EPOLLONESHOT)
+
+        def forget(self, descriptor: int) -> None:
+            self._epoll.unregister(descriptor)
+
+        def next(self, seconds: float) -> tuple[int, int] | None:
+            """A socket, and what it is ready for as poll() has it; None if there is none for so long."""
+            return next(iter(self._epoll.poll(seconds, 1)), None)
+
+    else:  # macOS and the BSDs
+
+        def __init__(self) -> None:
+            self._kqueue = select.kqueue()
+
+        def watch(self, descriptor: int) -> None:
+            self.watch_again(descriptor)
+
+        def watch_again(self, descriptor: int, reads: bool = True, writes: bool = False) -> None:
+            filters = [select.KQ_FILTER_READ] * reads + [select.KQ_FILTER_WRITE] * writes
+            flags = select.KQ_EV_ADD | select.KQ_EV_ONESHOT
+            with contextlib.suppress(OSError):
+                self._kqueue.control([select.kevent(descriptor, kind, flags) for kind in filters], 0)
+
+        def forget(self, descriptor: int) -> None:
+            with contextlib.suppress(OSError):
+                self._kqueue.control([select.kevent(descriptor, select.KQ_FILTER_READ, select.KQ_EV_DELETE)], 0)
+
+        def next(self, seconds: float) -> tuple[int, int] | None:
+            for event in self._kqueue.control(None, 1, seconds):
+                return event.ident, select.POLLIN if event.filter == select.KQ_FILTER_READ else select.POLLOUT
+            return None
 
 
 class Server(TcpWSGIServer):
-    """waitress's server with a main loop that looks at the connections where something happened, not at all of them;
-    that makes room for new clients; and that ends without losing a request."""
+    """waitress's server without its main loop: threads take connections as they become ready, straight from the kernel,
+    and read, answer and write each themselves. That spares two changes of threads for each request, which cost more
+    than the request. It makes room for new clients, and ends without losing a request.
+    """
 
     channel_class = Channel
-    next_channel_cleanup: float
 
     def __init__(self, app: Flask, sock: socket.socket, trusted_proxy: str | None = None) -> None:
         """Serves `app` on a listening socket. A client's address is the last that the trusted proxy reports, or else
@@ -267,134 +339,116 @@ class Server(TcpWSGIServer):
         proxy = {"trusted_proxy": trusted_proxy, "trusted_proxy_headers": {"x-forwarded-for"}}
         adjustments = Adjustments(sockets=[sock], **WAITRESS, **(proxy if trusted_proxy else {}))
         self.is_stopping = False
-        self.changed: deque[Channel] = deque()  # connections that a thread, or a birth, left in another state
-        self.serving = threading.local()  # the connection whose request a thread works at
-        self._next: tuple[Channel | None, float] = None, 0  # the one that a thread takes next, and since when it is
-        self._called: float = 0  # when more threads were called in
-        self._poll = select.poll()
-        self._watched: dict[int, int] = {}
-        self._health = {path: ThreadedTaskDispatcher() for path in HEALTH}
-        for dispatcher in self._health.values():
-            dispatcher.set_thread_count(1)
+        self.ready = Ready()
+        self._idle: set[int] = set()  # threads that wait for something to do
+        self._threads: set[int] = set()  # by their native ids
+        self._cores = Cores()
+        self._turns = 0  # how often a thread found something; two that count at once may count as one
         self._room = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 20)
         info = (sock.family, sock.type, sock.proto, sock.getsockname())
-        super().__init__(app, {}, True, sock, adj=adjustments, bind_socket=False, sockinfo=info)
+        super().__init__(app, {}, True, sock, self, adj=adjustments, bind_socket=False, sockinfo=info)
+        self.trigger.close()  # would wake the main loop
 
     def serve(self, goes_on: Callable[[], bool] | None = None) -> None:
         """Serves until `stop` is called, or `goes_on`, which one of several processes has, says no; then finishes what
         has arrived."""
-        self._watch(self)
-        self._watch(self.trigger)
+        self.ready.watch(self._fileno)
+        self._call_in(THREADS)
+        turns, cleaned, moved = -1, time.time(), time.time()
         while not self.is_stopping and (goes_on is None or goes_on()):
-            self._step(1)
+            time.sleep(PATIENCE)
+            if not self._idle and turns == self._turns:  # all wait, for the database most likely
+                self._call_in(min(len(self._threads), MAX_THREADS - len(self._threads)))
+            turns = self._turns
+            now = time.time()
+            if now - moved > 1:
+                moved = now
+                self._cores.choose()
+                self._cores.keep_together(self._threads)
+            if now - cleaned > CLEANUP:
+                cleaned = now
+                self.maintenance(now)
         if goes_on is None or not goes_on():
             shut(self.socket)
         self._drain()
 
     def stop(self, *_: object) -> None:
         """Ends `serve`; a signal handler, which may be called again at any time."""
-        if not self.is_stopping:
-            self.is_stopping = True
-            self.pull_trigger()
+        self.is_stopping = True
 
     def pull_trigger(self) -> None:
-        """Wakes the main loop, for the connection whose request this thread works at."""
-        if channel := getattr(self.serving, "channel", None):
-            self.changed.append(channel)
-        super().pull_trigger()
+        """Nobody sleeps whom it could wake."""
 
     def add_task(self, channel: Channel) -> None:
-        """Health is asked for in threads of its own, so that it is answered when all others are busy."""
-        path = getattr(channel.requests[0], "path", "")
-        dispatcher: ThreadedTaskDispatcher = self._health.get(path, self.task_dispatcher)
-        dispatcher.add_task(channel)
+        """Whoever has read a request answers it."""
 
     def handle_accept(self) -> None:
         """Makes room for a new client, if need be, by closing the connection that was idle for longest, or else the
         one that has kept us waiting for longest."""
         super().handle_accept()
         if len(self.active_channels) > self._room:
-            waiting = [channel for channel in self.active_channels.values() if not channel.requests]
+            waiting = [channel for channel in list(self.active_channels.values()) if not channel.requests]
             if waiting[:-1]:  # the last is the new one
-                min(waiting[:-1], key=Channel.patience).handle_close()
+                min(waiting[:-1], key=Channel.patience).close_if(lambda channel: not channel.requests)
 
     def maintenance(self, now: float) -> None:
         """Closes connections that were idle, or busy with one request or answer, for too long."""
+
+        def is_late(channel: Channel) -> bool:
+            is_slow = now - (channel.waiting_since or now) > REQUEST_TIMEOUT
+            return is_slow or now - channel.last_activity > IDLE_TIMEOUT
+
         for channel in list(self.active_channels.values()):
-            is_late = now - (channel.waiting_since or now) > REQUEST_TIMEOUT
-            if not channel.requests and (is_late or now - channel.last_activity > IDLE_TIMEOUT):
-                channel.handle_close()
+            channel.close_if(is_late)
 
-    def forget(self, descriptor: int) -> None:
-        """Looks no more at a connection that is closed."""
-        if self._watched.pop(descriptor, 0):
-            self._poll.unregister(descriptor)
+    def _call_in(self, count: int) -> None:
+        """Has so many threads more take part."""
+        for _ in range(count):
+            threading.Thread(target=self._work, name="taskapi", daemon=True).start()
 
-    def _step(self, timeout: float) -> None:
-        while self.changed:
-            self._watch(self.changed.popleft())
-        self._adjust_threads()
-        for descriptor, flags in self._poll.poll(1000 * (PATIENCE if self._next[0] else timeout)):
-            if (dispatcher := self._map.get(descriptor)) is None:  # closed meanwhile
-                self.forget(descriptor)
-                continue
-            wasyncore.readwrite(dispatcher, flags)
-            self._watch(dispatcher)
-        now = time.time()
-        if now >= self.next_channel_cleanup:
-            self.next_channel_cleanup = now + self.adj.cleanup_interval
-            self.maintenance(now)
+    def _work(self) -> None:
+        """Does what there is to do. One thread too many goes home once it finds nothing for a while."""
+        me = threading.get_native_id()
+        self._threads.add(me)
+        self._cores.keep_together(self._threads)
+        while True:
+            self._idle.add(me)
+            found = self.ready.next(1)
+            self._idle.discard(me)
+            self._turns += 1
+            if found is None:
+                if len(self._threads) > THREADS:
+                    break
+            elif found[0] == self._fileno:
+                self.handle_accept()
+                self.ready.watch_again(found[0])
+            elif channel := self.active_channels.get(found[0]):
+                with channel.turn:
+                    channel.work(found[1])
+                    self._watch_again(channel)
+        self._threads.discard(me)
 
-    def _adjust_threads(self) -> None:
-        """Sees to it that requests which wait for the database do not keep all others waiting. A queue that moves
-        needs no more threads: they would only get in each other's way."""
-        before, since = self._next
-        first = next(iter(self.task_dispatcher.queue), None)
-        now = time.monotonic()
-        if first is not before:
-            self._next = first, now
-        elif first and now - since > PATIENCE:
-            self._next = first, now
-            self._called = now
-            self.task_dispatcher.set_thread_count(min(2 * len(self.task_dispatcher.threads), MAX_THREADS))
-        if self._called and now - self._called > 1:
-            self._called = 0
-            self.task_dispatcher.set_thread_count(self.adj.threads)
-
-    def _watch(self, dispatcher: Any) -> None:
-        """Tells the kernel what to wake us for: what may be read, and what waits to be written."""
-        descriptor = dispatcher._fileno
-        if self._map.get(descriptor) is not dispatcher:
-            return
-        reads = dispatcher is self or dispatcher.readable()
-        flags = (select.POLLIN if reads else 0) | (select.POLLOUT if dispatcher.writable() else 0)
-        if not flags:
-            self.forget(descriptor)
-        elif self._watched.get(descriptor) != flags:
-            self._watched[descriptor] = flags
-            self._poll.register(descriptor, flags)
+    def _watch_again(self, channel: Channel) -> None:
+        if channel.connected:
+            self.ready.watch_again(channel._fileno, reads=channel.readable(), writes=bool(channel.writable()))
 
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
         self.is_stopping = True
+        self.ready.forget(self._fileno)
         for _ in range(BACKLOG):  # not for ever, should there be no descriptor for them
             if not has_arrival(self.socket):
                 break
             self.handle_accept()
-        self.forget(self._fileno)
         wasyncore.dispatcher.close(self)
         started = time.monotonic()
         while (passed := time.monotonic() - started) < DRAIN and self.active_channels:
             if passed > LINGER:
                 for channel in list(self.active_channels.values()):
-                    if channel.is_idle() and not has_arrival(channel.socket):  # since the last step
-                        channel.handle_close()
-            self._step(0.05)
-        for dispatcher in (self.task_dispatcher, *self._health.values()):
-            dispatcher.shutdown()
+                    channel.close_if(lambda channel: channel.is_idle() and not has_arrival(channel.socket))
+            time.sleep(0.02)
         for channel in list(self.active_channels.values()):
             channel.handle_close()
-        self.trigger.close()
 
 
 def has_arrival(sock: socket.socket) -> bool:

@@ -26,7 +26,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 import taskapi
 from taskapi.db import DEADLINE, FAULTS, NOT_READY, POOL_TIMEOUT, UNKNOWN, UNREACHABLE, _Connection
-from taskapi.server import WAITRESS
+from taskapi.server import THREADS
 from tests.clusters import Postgres
 from tests.people import SECRET, Person, mint
 from tests.people import assert_problem as assert_problem_in_process
@@ -35,9 +35,6 @@ from tests.processes import Answer, Server, Wire, copied, request, serving, wait
 USER = "ann"
 TASKS = f"/api/{USER}/tasks"
 TOKEN = mint(USER)
-THREADS: int = WAITRESS["threads"]
-"""As many requests as the server works at together."""
-
 SLACK = 1
 """Seconds that a busy machine may add to any bound."""
 

@@ -13,11 +13,12 @@ import pytest
 from psycopg.conninfo import conninfo_to_dict
 
 from taskapi.keys import COOLDOWN
+from taskapi.server import THREADS
 from tests import issuers, processes
 from tests.clusters import Postgres
 from tests.people import SECRET, mint
 from tests.processes import Answer, Server, Wire, ask, copied, serving, wait_until
-from tests.test_faults import SLACK, THREADS, assert_unavailable, locked, within
+from tests.test_faults import SLACK, assert_unavailable, locked, within
 
 USER = "ann"
 TASKS = f"/api/{USER}/tasks"

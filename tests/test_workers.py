@@ -109,9 +109,7 @@ def server(visited: Server) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def hasty(start: Start) -> Iterator[Server]:
     """A server with little time for anybody."""
-    with start(
-        "server.REQUEST_TIMEOUT = 1; server.IDLE_TIMEOUT = 3; server.WAITRESS['cleanup_interval'] = 0.1"
-    ) as hasty:
+    with start("server.REQUEST_TIMEOUT = 1; server.IDLE_TIMEOUT = 3; server.CLEANUP = 0.1") as hasty:
         yield hasty
         assert hasty.complaints == []
 
@@ -286,9 +284,9 @@ def test_idle_connections_end_soon(start: Start) -> None:
 
 
 def test_a_request_that_comes_as_idle_connections_are_closed_is_answered(start: Start) -> None:
-    """It comes after the main loop has looked, and before it has closed them: here that takes a second."""
-    slow = "def step(*a, f=server.Server._step):\n f(*a)\n time.sleep(a[0].is_stopping)"
-    with start(f"{slow}\nserver.Server._step = step; server.LINGER = 0.1") as server, ExitStack() as stack:
+    """It comes after we have looked, and before we close them: here that takes a second."""
+    slow = "def look(*a, f=server.Channel.is_idle):\n server.time.sleep(0.2)\n return f(*a)"
+    with start(f"{slow}\nserver.Channel.is_idle = look; server.LINGER = 0.1") as server, ExitStack() as stack:
         wires = connect(server, stack, 5)
         assert {wire.send(LIVEZ).answer().status for wire in wires} == {200}
         server.popen.send_signal(signal.SIGTERM)
