@@ -342,6 +342,8 @@ class Server(TcpWSGIServer):
         self.ready = Ready()
         self._idle: set[int] = set()  # threads that wait for something to do
         self._threads: set[int] = set()  # by their native ids
+        self._wanted = THREADS
+        self._leaving = threading.Lock()
         self._cores = Cores()
         self._turns = 0  # how often a thread found something; two that count at once may count as one
         self._room = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 20)
@@ -353,16 +355,19 @@ class Server(TcpWSGIServer):
         """Serves until `stop` is called, or `goes_on`, which one of several processes has, says no; then finishes what
         has arrived."""
         self.ready.watch(self._fileno)
-        self._call_in(THREADS)
-        turns, cleaned, moved = -1, time.time(), time.time()
+        self._have(THREADS)
+        turns, called, looked, cleaned = -1, 0.0, 0.0, time.time()
         while not self.is_stopping and (goes_on is None or goes_on()):
             time.sleep(PATIENCE)
-            if not self._idle and turns == self._turns:  # all wait, for the database most likely
-                self._call_in(min(len(self._threads), MAX_THREADS - len(self._threads)))
-            turns = self._turns
             now = time.time()
-            if now - moved > 1:
-                moved = now
+            if not self._idle and turns == self._turns:  # all wait, for the database most likely
+                called = now
+                self._have(min(2 * len(self._threads), MAX_THREADS))
+            elif now - called > 1:
+                self._wanted = THREADS
+            turns = self._turns
+            if now - looked > 1:
+                looked = now
                 self._cores.choose()
                 self._cores.keep_together(self._threads)
             if now - cleaned > CLEANUP:
@@ -401,32 +406,38 @@ class Server(TcpWSGIServer):
         for channel in list(self.active_channels.values()):
             channel.close_if(is_late)
 
-    def _call_in(self, count: int) -> None:
-        """Has so many threads more take part."""
-        for _ in range(count):
+    def _have(self, count: int) -> None:
+        """Sees to it that so many threads take part. One that is too many goes home after what it does."""
+        self._wanted = count
+        for _ in range(count - len(self._threads)):
             threading.Thread(target=self._work, name="taskapi", daemon=True).start()
 
     def _work(self) -> None:
-        """Does what there is to do. One thread too many goes home once it finds nothing for a while."""
+        """Does what there is to do."""
         me = threading.get_native_id()
         self._threads.add(me)
-        self._cores.keep_together(self._threads)
-        while True:
+        self._cores.keep_together([me])
+        while not self._may_go(me):
             self._idle.add(me)
             found = self.ready.next(1)
             self._idle.discard(me)
             self._turns += 1
             if found is None:
-                if len(self._threads) > THREADS:
-                    break
-            elif found[0] == self._fileno:
+                continue
+            if found[0] == self._fileno:
                 self.handle_accept()
                 self.ready.watch_again(found[0])
             elif channel := self.active_channels.get(found[0]):
                 with channel.turn:
                     channel.work(found[1])
                     self._watch_again(channel)
-        self._threads.discard(me)
+
+    def _may_go(self, me: int) -> bool:
+        with self._leaving:  # or two would go where one is too many
+            is_one_too_many = len(self._threads) > self._wanted
+            if is_one_too_many:
+                self._threads.discard(me)
+        return is_one_too_many
 
     def _watch_again(self, channel: Channel) -> None:
         if channel.connected:

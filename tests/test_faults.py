@@ -101,7 +101,7 @@ def at_rest(process: Server, postgres: Postgres) -> tuple[int, int]:
 
     def look() -> bool:
         seen.append(holdings(process, postgres))
-        return seen[-20:] == [seen[-1]] * 20
+        return seen[-150:] == [seen[-1]] * 150  # longer than threads stay that were called in
 
     wait_until(look, "it is at rest")
     return seen[-1]
@@ -114,7 +114,16 @@ def server(process: Server, postgres: Postgres, at_rest: tuple[int, int]) -> Ite
     yield process
     with within(RECOVERY):
         wait_until(lambda: is_whole(process), "the pool is whole")
-    wait_until(lambda: holdings(process, postgres) == at_rest, f"nothing has leaked: {at_rest}")
+    seen: list[tuple[int, int]] = []
+
+    def is_at_rest() -> bool:
+        seen[:] = [holdings(process, postgres)]
+        return seen == [at_rest]
+
+    try:
+        wait_until(is_at_rest, "nothing has leaked")
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {seen} for {at_rest}") from None
     assert len(postgres.backends()) <= 8
     assert PRIVATE not in log_of(process)
 
@@ -528,7 +537,7 @@ def test_a_lock_that_somebody_holds_is_waited_for_a_second(server: Server, postg
     requests: list[tuple[str, str, Any]] = [
         ("GET", task, None), ("GET", TASKS, None), ("POST", TASKS, {"title": "locked"}), ("DELETE", task, None),
     ]  # fmt: skip
-    with locked(postgres), ThreadPoolExecutor(THREADS) as threads, within(1 + SLACK, at_least=1):
+    with locked(postgres), ThreadPoolExecutor(len(requests)) as threads, within(1 + SLACK, at_least=1):
         for answer in threads.map(lambda one: server.ask(*one), requests):
             assert_unavailable(answer, FAULTS["55P03"])
     assert server.ask("DELETE", task).status == 200
