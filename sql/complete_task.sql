@@ -1,13 +1,17 @@
 -- Sets a task's state, or turns it over where none is given, and returns the task as JSON, and its tag.
+-- The owner's row is locked first, as whatever writes several tasks does, or two writers could wait for each other.
 -- Parameters: user_id, id, is_completed, if_match
-WITH changed AS (
+WITH owner AS (
+    SELECT u.id FROM taskapi.users AS u WHERE u.id = %(user_id)s FOR NO KEY UPDATE
+), changed AS (
     UPDATE taskapi.tasks AS t
     SET is_completed = coalesce(%(is_completed)s::boolean, NOT t.is_completed),
         completed_at = CASE
             WHEN coalesce(%(is_completed)s::boolean, NOT t.is_completed) THEN coalesce(t.completed_at, now())
         END,
         updated_at = greatest(now(), t.updated_at + interval '1 microsecond')
-    WHERE t.user_id = %(user_id)s AND t.id = %(id)s
+    FROM owner
+    WHERE t.user_id = owner.id AND t.user_id = %(user_id)s AND t.id = %(id)s
       AND (%(if_match)s::text[] IS NULL OR to_json(t.updated_at)::text = ANY (%(if_match)s))
     RETURNING t.*
 ), counted AS (

@@ -1,8 +1,12 @@
 -- Deletes a task and returns it as it was, as JSON, and its tag.
+-- The owner's row is locked first, as whatever writes several tasks does, or two writers could wait for each other.
 -- Parameters: user_id, id, if_match
-WITH changed AS (
+WITH owner AS (
+    SELECT u.id FROM taskapi.users AS u WHERE u.id = %(user_id)s FOR NO KEY UPDATE
+), changed AS (
     DELETE FROM taskapi.tasks AS t
-    WHERE t.user_id = %(user_id)s AND t.id = %(id)s
+    USING owner
+    WHERE t.user_id = owner.id AND t.user_id = %(user_id)s AND t.id = %(id)s
       AND (%(if_match)s::text[] IS NULL OR to_json(t.updated_at)::text = ANY (%(if_match)s))
     RETURNING t.*
 ), counted AS (

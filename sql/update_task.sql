@@ -1,7 +1,10 @@
 -- Changes the members that the JSON object `changes` names, keeps the rest, and returns the task as JSON, and its tag.
 -- updated_at grows even when two changes meet in one microsecond or the clock steps back.
+-- The owner's row is locked first, as whatever writes several tasks does, or two writers could wait for each other.
 -- Parameters: user_id, id, changes, if_match
-WITH changed AS (
+WITH owner AS (
+    SELECT u.id FROM taskapi.users AS u WHERE u.id = %(user_id)s FOR NO KEY UPDATE
+), changed AS (
     UPDATE taskapi.tasks AS t
     SET (title, description, is_completed, due_at, priority, tags, completed_at) = (
             SELECT n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,
@@ -9,7 +12,8 @@ WITH changed AS (
             FROM jsonb_populate_record(t, %(changes)s::jsonb) AS n
         ),
         updated_at = greatest(now(), t.updated_at + interval '1 microsecond')
-    WHERE t.user_id = %(user_id)s AND t.id = %(id)s
+    FROM owner
+    WHERE t.user_id = owner.id AND t.user_id = %(user_id)s AND t.id = %(id)s
       AND (%(if_match)s::text[] IS NULL OR to_json(t.updated_at)::text = ANY (%(if_match)s))
     RETURNING t.*
 ), counted AS (

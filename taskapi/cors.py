@@ -2,7 +2,9 @@
 
 from flask import Response, current_app, request
 
-EXPOSED = "Location, ETag, Link, Retry-After, WWW-Authenticate, RateLimit, RateLimit-Policy, X-Request-ID"
+EXPOSED = (
+    "Location, ETag, Link, X-Total-Count, Retry-After, WWW-Authenticate, RateLimit, RateLimit-Policy, X-Request-ID"
+)
 ALLOWED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID"
 MAX_AGE = "7200"
 """Seconds for which a browser may keep a preflight's answer: the most that Chromium does."""

@@ -30,7 +30,9 @@ MAX_ERRORS = 20
 
 _READ_ONLY = {"id": int, "user_id": str, "created_at": str, "updated_at": str, "completed_at": str}
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates: PostgreSQL's text has no place for them
-_INSTANT = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:\d\d)", re.ASCII)
+_INSTANT = re.compile(  # what fromisoformat takes beyond this, 24:00 say, depends on Python's version
+    r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:[0-5]\d)", re.ASCII
+)
 _NOTHING_TO_SEE = re.compile("[\\s\u200b-\u200f\u2060\ufeff]*")  # \u200b… are no white space, but show nothing
 
 

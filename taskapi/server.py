@@ -84,7 +84,7 @@ WAITRESS: dict[str, Any] = {
     "outbuf_high_watermark": 2**40,  # bytes: no thread waits for a slow reader; what is over 1 MiB lies on the disk
     "inbuf_overflow": MAX_BODY,  # bytes: of a body that is larger the rest lies on the disk
     "max_request_header_size": 16_384,  # a token, a cookie and a long URL
-    "max_request_body_size": MAX_DROPPED + 1,  # the limit itself is the app's, see Parser
+    "max_request_body_size": 2 * MAX_DROPPED,  # never reached: the limit itself is the app's, see Parser
     "ident": None,  # say little
     "expose_tracebacks": False,
     "log_socket_errors": False,  # clients vanish all the time
@@ -142,9 +142,13 @@ class Parser(HTTPRequestParser):
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
         too_long = self.chunked and self.body_bytes_received > 2 * self._max_body()  # a chunk has a head, too
-        if too_long and not self.error:
-            self._pass_on_without_body(self.body_bytes_received)
+        if (too_long or self._held() > self.adj.max_request_header_size) and not self.error:
+            self._pass_on_without_body(max(self.body_bytes_received, MAX_DROPPED))
         return len(data) if self.rest_is_body else consumed
+
+    def _held(self) -> int:
+        """Bytes that stand between chunks: waitress keeps them in memory, whereas a body goes to the disk."""
+        return sum(len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
 
     def _pass_on_without_body(self, length: int) -> None:
         """What follows on this connection is that body and no request: it is closed with the answer."""

@@ -19,6 +19,7 @@ from tests.people import SECRET, Person, assert_problem, mint
 ROUTES = [
     ("GET", ""),
     ("POST", ""),
+    ("DELETE", ""),
     ("GET", "/1"),
     ("PUT", "/1"),
     ("DELETE", "/1"),

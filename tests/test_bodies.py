@@ -44,6 +44,7 @@ def test_what_is_no_json_is_400(alice: Person, body: bytes) -> None:
     assert alice.list() == [task]
 
 
+NO_TAGS: list[Any] = ["", " ", 5, None, [], "x" * 51, "\0", "\ud800"]
 NO_BOOLEANS: list[Any] = ["yes", "true", "on", 1, 0, "1", "", [], {}, 1.0]
 
 
@@ -51,7 +52,6 @@ def rule_breakers() -> dict[str, tuple[Any, list[str]]]:
     return {
         "null": (None, ["#"]),
         "number": (5, ["#"]),
-        "array": ([], ["#"]),
         "string": ("x", ["#"]),
         "true": (True, ["#"]),
         "title number": ({"title": 5}, ["#/title"]),
@@ -69,6 +69,14 @@ def rule_breakers() -> dict[str, tuple[Any, list[str]]]:
         "description too long": ({"title": "t", "description": "a" * 10_001}, ["#/description"]),
         "description NUL": ({"title": "t", "description": "\0"}, ["#/description"]),
         "description lone surrogate": ({"title": "t", "description": "\udc00"}, ["#/description"]),
+        "due_at number": ({"title": "t", "due_at": 5}, ["#/due_at"]),
+        "priority null": ({"title": "t", "priority": None}, ["#/priority"]),
+        "priority unknown": ({"title": "t", "priority": "urgent"}, ["#/priority"]),
+        "tags null": ({"title": "t", "tags": None}, ["#/tags"]),
+        "tags string": ({"title": "t", "tags": "a"}, ["#/tags"]),
+        "tags twice": ({"title": "t", "tags": ["a", "b", "a"]}, ["#/tags"]),
+        "tags too many": ({"title": "t", "tags": [f"{n}" for n in range(21)]}, ["#/tags"]),
+        "tags that are none": ({"title": "t", "tags": NO_TAGS}, [f"#/tags/{n}" for n in range(len(NO_TAGS))]),
         "is_completed null": ({"title": "t", "is_completed": None}, ["#/is_completed"]),
         "unknown member": ({"title": "t", "titel": "t"}, ["#/titel"]),
         "unknown member to escape": ({"title": "t", "a/b~c d%é": 1}, ["#/a~1b~0c%20d%25%C3%A9"]),
@@ -90,6 +98,64 @@ def test_what_breaks_a_rule_is_422_and_told_where(alice: Person, body: Any, poin
         assert sorted({error["pointer"] for error in problem["errors"]}) == sorted(pointers)
         assert all(set(error) == {"pointer", "detail"} and error["detail"] for error in problem["errors"])
     assert alice.list() == [task]
+
+
+@pytest.mark.parametrize("body", [[], [5], [{"title": "a"}]])
+def test_an_array_changes_no_task_and_is_422(alice: Person, body: list[Any]) -> None:
+    task = alice.create()
+    response = alice.request("PUT", f"/{task['id']}", json=body)
+    assert_problem(response, 422, errors=[{"pointer": "#", "detail": "Must be a JSON object."}])
+    assert alice.list() == [task]
+
+
+INSTANTS = {
+    "2026-12-24T18:00:00Z": "2026-12-24T18:00:00+00:00",
+    "2026-12-24t18:00:00z": "2026-12-24T18:00:00+00:00",
+    "2026-12-24T18:00:00.5+05:45": "2026-12-24T12:15:00.5+00:00",
+    "2026-12-24T18:00:00.123456-00:00": "2026-12-24T18:00:00.123456+00:00",
+    "2024-02-29T23:59:59-23:59": "2024-03-01T23:58:59+00:00",
+    "0001-01-01T00:00:00Z": "0001-01-01T00:00:00+00:00",
+    "9999-12-31T23:59:59.999999Z": "9999-12-31T23:59:59.999999+00:00",
+}
+
+
+@pytest.mark.parametrize(("sent", "kept"), INSTANTS.items())
+def test_a_time_is_answered_in_utc(alice: Person, sent: str, kept: str) -> None:
+    task = alice.create(due_at=sent)
+    assert task["due_at"] == kept
+    assert alice.request("PUT", f"/{task['id']}", json=task).json["due_at"] == kept
+
+
+NO_INSTANTS = [
+    *("", "now", "infinity", "2026-12-24", "2026-12-24T18:00:00", "2026-12-24 18:00:00Z", "20261224T180000Z"),
+    *("2026-12-24T18:00Z", "2026-12-24T18:00:00+0100", "2026-12-24T18:00:00+01", "2026-12-24T18:00:00,5Z"),
+    *("2026-12-24T18:00:00.Z", "2026-12-24T18:00:00Z\n", " 2026-12-24T18:00:00Z", "２026-12-24T18:00:00Z"),
+    *("2026-02-29T00:00:00Z", "2026-12-24T25:00:00Z", "2026-12-24T24:00:00Z", "2026-12-31T23:59:60Z"),
+    *("2026-12-24T18:00:00+24:00", "2026-12-24T18:00:00+01:60", "0000-01-01T00:00:00Z", "10000-01-01T00:00:00Z"),
+    *("0001-01-01T00:00:00+00:01", "9999-12-31T23:59:59-00:01", "2026-W52-4T18:00:00Z", "2026-12-24T18:00:00+01:00:30"),
+]
+
+
+@pytest.mark.parametrize("text", NO_INSTANTS)
+def test_what_is_no_time_is_422(alice: Person, text: str) -> None:
+    problem = assert_problem(alice.request("POST", json={"title": "t", "due_at": text}), 422)
+    assert [error["pointer"] for error in problem["errors"]] == ["#/due_at"]
+    assert assert_problem(alice.request("GET", query_string={"due_before": text}), 422)["errors"]
+
+
+@pytest.mark.parametrize(
+    "tags",
+    [
+        ['"', "a,b", "{}", "{", "\\", '\\"', "a\nb", "NULL", "null", " a ", "a b", "🦀" * 50, "''", "%s", "%(id)s"],
+        [str(number) for number in range(20)],
+        ["b", "a", "B", "é", "e\u0301"],
+    ],
+)
+def test_tags_are_kept_as_sent_and_found(alice: Person, tags: list[str]) -> None:
+    task = alice.create(tags=tags)
+    alice.create(tags=["other"])
+    assert task["tags"] == tags
+    assert alice.request("GET", query_string={"tag": tags}).json == [task]
 
 
 def test_a_title_is_required_to_create(alice: Person) -> None:
@@ -133,9 +199,10 @@ def test_a_body_at_the_limit_is_read_and_one_over_it_is_413(alice: Person) -> No
     body = b'{"title": "a"}'
     at_limit = alice.request("POST", data=body.ljust(MAX_BODY), content_type="application/json")
     assert at_limit.status_code == 201
-    over = alice.request("POST", data=body.ljust(MAX_BODY + 1), content_type="application/json")
-    assert_problem(over, 413)
-    assert len(alice.list()) == 1
+    for method, path in (("POST", ""), ("PUT", f"/{at_limit.json['id']}")):
+        over = alice.request(method, path, data=body.ljust(MAX_BODY + 1), content_type="application/json")
+        assert_problem(over, 413)
+    assert alice.list() == [at_limit.json]
 
 
 def test_reads_and_deletes_do_not_mind_a_body(alice: Person) -> None:
@@ -205,7 +272,8 @@ VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda v: st.lists(v) | st.dictionaries(st.text(), v),
 )
-BODIES = st.dictionaries(st.sampled_from(["title", "description", "is_completed", "id", "user_id", "x"]), VALUES)
+MEMBERS = ["title", "description", "is_completed", "due_at", "priority", "tags", "completed_at", "id", "user_id", "x"]
+BODIES = st.dictionaries(st.sampled_from(MEMBERS), VALUES)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -213,7 +281,9 @@ BODIES = st.dictionaries(st.sampled_from(["title", "description", "is_completed"
 def test_no_json_is_a_defect(alice: Person, body: Any) -> None:
     response = alice.request("POST", data=json.dumps(body), content_type="application/json")
     if response.status_code == 201:
-        assert response.json["title"] == body["title"].strip()
+        tasks = response.json if isinstance(body, list) else [response.json]
+        bodies = body if isinstance(body, list) else [body]
+        assert [task["title"] for task in tasks] == [one["title"].strip() for one in bodies]
     else:
         assert response.status_code in (400, 422)
         assert_problem(response, response.status_code)

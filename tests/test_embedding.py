@@ -110,7 +110,7 @@ def test_errors_under_the_prefix_keep_the_one_shape(
     assert_problem(app.test_client().get(ann.tasks), 401)
     assert_problem(ann.open(ann.tasks, headers={"Authorization": f"Bearer {mint('ben')}"}), 403)
     assert_problem(ann.request("GET", "/9"), 404)
-    assert ann.request("PATCH").headers["Allow"] == "GET, HEAD, OPTIONS, POST"
+    assert ann.request("PATCH").headers["Allow"] == "DELETE, GET, HEAD, OPTIONS, POST"
     assert_problem(ann.request("PATCH"), 405)
     assert_problem(ann.request("POST", data=b"x" * 70_000, content_type="application/json"), 413)
     assert_problem(ann.request("POST", data=b"x"), 415)

@@ -4,7 +4,7 @@ import json
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import pytest
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 
-from taskapi.schemas import MAX_BODY
+from taskapi.schemas import MAX_BODY, MAX_BULK
 from taskapi.server import MAX_DROPPED
 from tests.people import SECRET, mint
 from tests.processes import Answer, Server, Wire, copied, request, serving
@@ -58,9 +58,13 @@ def post(body: bytes, *headers: str, token: str | None = TOKEN) -> bytes:
     return request("POST", TASKS, *headers, token=token, body=body)
 
 
-def announce(*headers: str, token: str | None = TOKEN) -> bytes:
+def put(body: bytes, token: str | None = TOKEN) -> bytes:
+    return request("PUT", f"{TASKS}/1", token=token, body=body)
+
+
+def announce(*headers: str, method: str = "POST", token: str | None = TOKEN) -> bytes:
     """The head of a request that describes its body itself."""
-    return request("POST", TASKS, JSON, *headers, token=token)
+    return request(method, TASKS if method == "POST" else f"{TASKS}/1", JSON, *headers, token=token)
 
 
 def chunks(*parts: bytes) -> bytes:
@@ -70,6 +74,11 @@ def chunks(*parts: bytes) -> bytes:
 def title_of(length: int) -> bytes:
     """A body of that many bytes, whose title is far too long: 422 from whoever read it."""
     return b'{"title": "%s"}' % (b"x" * (length - 13))
+
+
+def array_of(length: int) -> bytes:
+    """The same as an array of one."""
+    return b"[%s]" % title_of(length - 2)
 
 
 def assert_problem(answer: Answer, status: int) -> None:
@@ -195,7 +204,7 @@ def test_a_strange_method_is_405_with_a_token_and_401_without(wire: Wire, method
     assert_problem(wire.send(get(method=method, token=None)).answer(), 401)
     answer = wire.send(get(method=method)).answer()
     assert_problem(answer, 405)
-    assert answer.headers["allow"] == "GET, HEAD, OPTIONS, POST"
+    assert answer.headers["allow"] == "DELETE, GET, HEAD, OPTIONS, POST"
 
 
 def test_two_authorization_headers_are_401(wire: Wire) -> None:
@@ -263,25 +272,36 @@ def test_a_refused_request_waits_for_the_answers_before_it(wire: Wire) -> None:
     assert wire.is_closed()
 
 
-LARGE = [MAX_BODY + 1, 70_000, 900_000, MAX_DROPPED]
+LARGE = [
+    *((put, title_of, length) for length in (MAX_BODY + 1, 70_000, MAX_BULK, MAX_DROPPED)),
+    *((post, title_of, length) for length in (MAX_BODY + 1, MAX_BULK, MAX_BULK + 1)),
+    *((post, array_of, length) for length in (MAX_BULK + 1, 1_200_000, MAX_DROPPED)),
+]
 
 
 def test_a_body_of_the_limit_is_read(wire: Wire) -> None:
     for _ in range(2):
+        assert_problem(wire.send(put(title_of(MAX_BODY))).answer(), 422)
         assert_problem(wire.send(post(title_of(MAX_BODY))).answer(), 422)
+        assert_problem(wire.send(post(array_of(MAX_BULK))).answer(), 422)
         assert wire.send(post(TASK + b" " * (MAX_BODY - len(TASK)))).answer().status == 201
+        assert wire.send(post(b"[%s]" % (TASK + b" " * (MAX_BULK - len(TASK) - 2)))).answer().status == 201
 
 
-@pytest.mark.parametrize("length", LARGE)
-def test_a_body_over_the_limit_is_413_and_leaves_the_connection_usable(wire: Wire, length: int) -> None:
+@pytest.mark.parametrize(("send", "body", "length"), LARGE)
+def test_a_body_over_the_limit_is_413_and_leaves_the_connection_usable(
+    wire: Wire, send: Callable[..., bytes], body: Callable[[int], bytes], length: int
+) -> None:
     for _ in range(2):
-        assert_problem(wire.send(post(title_of(length))).answer(), 413)
+        assert_problem(wire.send(send(body(length))).answer(), 413)
     assert wire.send(get()).answer().status == 200
 
 
-@pytest.mark.parametrize("length", LARGE)
-def test_a_body_over_the_limit_without_a_token_is_401(wire: Wire, length: int) -> None:
-    assert_problem(wire.send(post(title_of(length), token=None)).answer(), 401)
+@pytest.mark.parametrize(("send", "body", "length"), LARGE)
+def test_a_body_over_the_limit_without_a_token_is_401(
+    wire: Wire, send: Callable[..., bytes], body: Callable[[int], bytes], length: int
+) -> None:
+    assert_problem(wire.send(send(body(length), token=None)).answer(), 401)
     assert wire.send(get()).answer().status == 200
 
 
@@ -308,25 +328,37 @@ def test_a_chunked_body_is_read(wire: Wire, size: int) -> None:
 
 @pytest.mark.parametrize(("token", "status"), [(TOKEN, 413), (None, 401)])
 def test_a_chunked_body_over_the_limit_is_refused(wire: Wire, token: str | None, status: int) -> None:
-    body = chunks(title_of(MAX_BODY), b" ") + b"0\r\n\r\n"
-    assert_problem(wire.send(announce(CHUNKED, token=token) + body).answer(), status)
-    assert wire.send(get()).answer().status == 200
+    for method, body in (("PUT", title_of(MAX_BODY)), ("POST", title_of(MAX_BODY)), ("POST", array_of(MAX_BULK))):
+        head = announce(CHUNKED, method=method, token=token)
+        assert_problem(wire.send(head + chunks(body, b" ") + b"0\r\n\r\n").answer(), status)
+        assert wire.send(get()).answer().status == 200
 
 
 ENDLESS = {
-    "chunks": chunks(b"x" * 4_096) * 200,
-    "chunks of one byte": chunks(b"x") * 200_000,
-    "chunk size": b"0" * 1_000_000,
-    "chunk extension": b"5;a=" + b"x" * 1_000_000,
-    "chunk": b"ffffffffff\r\n" + b"x" * 1_000_000,
-    "trailer": b"0\r\n" + b"X-Trailer: 1\r\n" * 50_000,
+    "chunks": lambda size: chunks(b"x" * 4_096) * (size // 4_096),
+    "chunks of one byte": lambda size: chunks(b"x") * (size // 6),
+    "chunk size": lambda size: b"0" * size,
+    "chunk extension": lambda size: b"5;a=" + b"x" * size,
+    "chunk": lambda size: b"ffffffffff\r\n" + b"x" * size,
+    "trailer": lambda size: b"0\r\n" + b"X-Trailer: 1\r\n" * (size // 14),
 }
 
 
 @pytest.mark.parametrize("name", ENDLESS)
+@pytest.mark.parametrize(("method", "limit"), [("PUT", MAX_BODY), ("POST", MAX_BULK)])
 @pytest.mark.parametrize(("token", "status"), [(TOKEN, 413), (None, 401)])
-def test_an_endless_chunked_body_is_cut_short(wire: Wire, name: str, token: str | None, status: int) -> None:
-    assert_problem(wire.send(announce(CHUNKED, token=token), ENDLESS[name]).answer(), status)
+def test_an_endless_chunked_body_is_cut_short(
+    wire: Wire, name: str, method: str, limit: int, token: str | None, status: int
+) -> None:
+    """At twice the limit, for a chunk has a head, too."""
+    head = announce(CHUNKED, method=method, token=token)
+    assert_problem(wire.send(head, ENDLESS[name](2 * limit + 16_384)).answer(), status)
+    assert wire.is_closed()
+
+
+@pytest.mark.parametrize("name", ["chunk size", "chunk extension", "trailer"])
+def test_what_stands_between_chunks_is_held_no_longer_than_a_head(wire: Wire, name: str) -> None:
+    assert_problem(wire.send(announce(CHUNKED), ENDLESS[name](40_000)).answer(), 413)
     assert wire.is_closed()
 
 
@@ -352,12 +384,15 @@ def test_expecting_100_and_not_waiting_for_it_works(wire: Wire) -> None:
     assert wire.answer().status in (100, 201)  # 100 is due only if the first was answered before the body came
 
 
-@pytest.mark.parametrize("length", [MAX_BODY + 1, 900_000, 10 * 1024**3])
+@pytest.mark.parametrize(
+    ("method", "length"),
+    [("PUT", MAX_BODY + 1), ("PUT", 900_000), ("POST", MAX_BULK + 1), ("POST", 1_200_000), ("POST", 10 * 1024**3)],
+)
 @pytest.mark.parametrize(("token", "status"), [(TOKEN, 413), (None, 401)])
 def test_expecting_100_for_too_large_a_body_gets_the_answer_at_once(
-    server: Server, length: int, token: str | None, status: int
+    server: Server, method: str, length: int, token: str | None, status: int
 ) -> None:
-    head = announce(f"Content-Length: {length}", "Expect: 100-continue", token=token)
+    head = announce(f"Content-Length: {length}", "Expect: 100-continue", method=method, token=token)
     for sent in (b"", get(), b"x" * 100_000):
         with Wire(server.url) as wire:
             assert_problem(wire.send(head + sent).answer(), status)

@@ -3,6 +3,7 @@
 import re
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -45,6 +46,10 @@ def test_us2_1_a_created_task_is_the_users_own(alice: Person) -> None:
         "is_completed": True,
         "created_at": task["created_at"],
         "updated_at": task["created_at"],
+        "due_at": None,
+        "priority": "none",
+        "tags": [],
+        "completed_at": task["created_at"],
     }
     assert type(task["id"]) is int
     assert task["id"] >= 1
@@ -77,7 +82,8 @@ def test_us3_2_update_a_task(alice: Person) -> None:
     response = alice.request("PUT", f"/{task['id']}", json={"title": "new", "is_completed": True})
     assert response.status_code == 200
     updated = response.json
-    assert updated == {**task, "title": "new", "is_completed": True, "updated_at": updated["updated_at"]}
+    now = updated["updated_at"]
+    assert updated == {**task, "title": "new", "is_completed": True, "updated_at": now, "completed_at": now}
     assert updated["updated_at"] > task["updated_at"]
     assert alice.list() == [updated]
 
@@ -95,7 +101,9 @@ def test_us3_4_toggle_completion(alice: Person) -> None:
     for state in (True, False):
         response = alice.request("PATCH", f"/{task['id']}/complete")
         assert response.status_code == 200
-        assert response.json == {**task, "is_completed": state, "updated_at": response.json["updated_at"]}
+        now = response.json["updated_at"]
+        completed_at = now if state else None
+        assert response.json == {**task, "is_completed": state, "updated_at": now, "completed_at": completed_at}
 
 
 # Edge cases of the specification
@@ -130,10 +138,24 @@ def test_lists_are_oldest_first(alice: Person, conn: psycopg.Connection) -> None
     assert [task["id"] for task in alice.list()] == [third, first, second]
 
 
+MEMBERS: list[dict[str, Any]] = [
+    *({"title": "t"}, {"description": "e"}, {"is_completed": False}, {"description": None}),
+    *(
+        {"due_at": "2027-01-01T00:00:00+00:00"},
+        {"priority": "low"},
+        {"tags": ["b", "a"]},
+        {"due_at": None},
+        {"tags": []},
+    ),
+]
+
+
 def test_a_put_that_names_one_member_keeps_the_others(alice: Person) -> None:
-    task = alice.create(description="d", is_completed=True)
-    for change in ({"title": "t"}, {"description": "e"}, {"is_completed": False}, {"description": None}):
-        expected = {**task, **change}
+    task = alice.create(
+        description="d", is_completed=True, due_at="2026-12-24T18:00:00Z", priority="high", tags=["x", "y"]
+    )
+    for change in MEMBERS:
+        expected = {**task, **change, **({"completed_at": None} if "is_completed" in change else {})}
         task = alice.request("PUT", f"/{task['id']}", json=change).json
         assert task == {**expected, "updated_at": task["updated_at"]}
         assert task["updated_at"] > expected["updated_at"]
@@ -200,7 +222,7 @@ def test_head_answers_as_get_without_the_body(alice: Person) -> None:
 @pytest.mark.parametrize(
     ("path", "allow"),
     [
-        ("", "GET, HEAD, OPTIONS, POST"),
+        ("", "DELETE, GET, HEAD, OPTIONS, POST"),
         ("/1", "DELETE, GET, HEAD, OPTIONS, PUT"),
         ("/1/complete", "OPTIONS, PATCH"),
     ],
@@ -233,16 +255,28 @@ def test_the_owner_is_kept_as_the_token_tells_it(alice: Person, conn: psycopg.Co
         assert owner() == known
 
 
-def test_an_owner_that_is_known_is_not_written_again(alice: Person, conn: psycopg.Connection) -> None:
-    alice.token = mint(alice.user, email="a@example.com", name="Alice")
+def test_a_known_owners_row_counts_their_writes(alice: Person, conn: psycopg.Connection) -> None:
+    def version() -> Any:
+        return conn.execute("SELECT version FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
 
-    def version() -> tuple[object, ...] | None:
-        return conn.execute("SELECT xmin, updated_at FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
+    task = alice.create()
+    assert version() == (1,)
+    assert alice.request("PUT", f"/{task['id']}", json={"title": "t"}).status_code == 200
+    assert alice.request("PATCH", f"/{task['id']}/complete").status_code == 200
+    assert alice.request("GET").status_code == 200
+    assert alice.request("DELETE", f"/{task['id']}").status_code == 200
+    assert version() == (4,)
 
-    alice.create()
-    first = version()
-    alice.create()
-    assert version() == first
+
+def test_when_a_task_was_completed_is_kept_until_it_is_open_again(alice: Person) -> None:
+    task = alice.create(is_completed=True)
+    for path, body in (("", {"title": "t"}), ("", {"is_completed": True}), ("/complete", {"is_completed": True})):
+        method = "PATCH" if path else "PUT"
+        same = alice.request(method, f"/{task['id']}{path}", json=body).json
+        assert same["completed_at"] == task["completed_at"] == task["created_at"]
+    assert alice.request("PUT", f"/{task['id']}", json={"is_completed": False}).json["completed_at"] is None
+    again = alice.request("PUT", f"/{task['id']}", json={"is_completed": True}).json
+    assert again["completed_at"] == again["updated_at"]
 
 
 def test_a_persons_tasks_go_with_the_person(alice: Person, conn: psycopg.Connection) -> None:

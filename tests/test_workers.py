@@ -28,6 +28,7 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from taskapi.local import Cluster
+from taskapi.schemas import MAX_BULK
 from taskapi.server import LINGER
 from tests.people import SECRET, mint
 from tests.processes import (
@@ -791,11 +792,16 @@ def test_who_works_on_is_not_cut(hasty: Server) -> None:
             assert wire.send(GET[20:]).answer().status == 200
 
 
+CHUNKED = "Transfer-Encoding: chunked"
 FLOODS = {
     "heads": (b"GET / HTTP/1.1\r\n" + b"X-Flood: 1\r\n" * 80_000, 431),
-    "a body over the limit": (request("POST", TASKS, body=b"x" * 1_000_000), 401),
+    "a body over the limit": (request("PUT", f"{TASKS}/1", body=b"x" * 1_000_000), 401),
+    "an array over the limit": (request("POST", TASKS, body=b"x" * 1_200_000), 401),
+    "an array of the limit": (request("POST", TASKS, body=b"x" * MAX_BULK), 401),
     "a huge body": (request("POST", TASKS, "Content-Length: 9999999999") + b"x" * 1_000_000, 401),
-    "chunks": (request("POST", TASKS, "Transfer-Encoding: chunked") + b"400\r\n%b\r\n" % (b"x" * 1024) * 1_000, 401),
+    "chunks": (request("PUT", f"{TASKS}/1", CHUNKED) + b"400\r\n%b\r\n" % (b"x" * 1024) * 1_000, 401),
+    "an array in chunks": (request("POST", TASKS, CHUNKED) + b"400\r\n%b\r\n" % (b"x" * 1024) * 2_200, 401),
+    "a chunk's head": (request("POST", TASKS, CHUNKED) + b"0" * 1_000_000, 401),
 }
 
 
@@ -813,11 +819,19 @@ def test_a_flood_of_what_is_too_large_takes_no_memory(server: Server, name: str)
     assert peak_memory(server.popen.pid) - before < 24
 
 
-def test_what_is_too_large_and_half_sent_takes_no_memory(server: Server) -> None:
+HALVES = {
+    "a body over the limit": request("PUT", f"{TASKS}/1", body=b"x" * 1_000_000)[:-1],
+    "an array of the limit": request("POST", TASKS, body=b"x" * MAX_BULK)[:-1],
+    "a trailer": request("POST", TASKS, CHUNKED) + b"0\r\n" + b"X: 1\r\n" * 2_000,
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_what_is_large_and_half_sent_takes_no_memory(server: Server, name: str) -> None:
     before = peak_memory(server.popen.pid)
     with ExitStack() as stack:
         for wire in connect(server, stack, 200):
-            wire.send(request("POST", TASKS, body=b"x" * 1_000_000)[:-1])
+            wire.send(HALVES[name])
         assert server.ask("GET", TASKS).status == 200
     assert peak_memory(server.popen.pid) - before < 24
 
