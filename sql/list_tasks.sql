@@ -3,19 +3,20 @@
 -- are on all pages, if that was asked for.
 --
 -- The plan of the plain list is kept. Any other is planned by its values (plan_by_values.sql): what they do not choose is
--- planned away, and an index is found for what they do.
+-- planned away, and an index is found for what they do. Due dates are compared by least, not coalesce: that is not
+-- leakproof, and so no index may serve it before the policy.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, sort, after, after_id, limit, count
 WITH chosen AS NOT MATERIALIZED (
     SELECT t AS task, t.id,
            CASE %(sort)s::text
                WHEN 'created_at' THEN t.created_at
                WHEN 'updated_at' THEN t.updated_at
-               WHEN 'due_at' THEN coalesce(t.due_at, 'infinity')
+               WHEN 'due_at' THEN least(t.due_at, 'infinity')
            END AS time_up,
            CASE %(sort)s
                WHEN '-created_at' THEN t.created_at
                WHEN '-updated_at' THEN t.updated_at
-               WHEN '-due_at' THEN coalesce(t.due_at, '-infinity')
+               WHEN '-due_at' THEN greatest(t.due_at, '-infinity')
            END AS time_down,
            CASE %(sort)s
                WHEN 'title' THEN t.title
