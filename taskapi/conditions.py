@@ -13,7 +13,7 @@ CACHE_CONTROL = "private, no-cache"
 """Who keeps an answer is its own person only, and asks before using it again."""
 
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])+)"')  # a String of RFC 8941 (§3.3.3)
-_PLAIN = re.compile("[!-~]+")
+_PLAIN = re.compile("[!#-~][!-~]*")
 
 
 def tag_headers(tag: bytes) -> dict[str, str]:

@@ -197,6 +197,12 @@ def http_date(second: int) -> str:
     text: str = build_http_date(second)
     return text
 
+    def set_close_on_finish(self) -> None:
+        """Not for want of a length alone: 304 has neither that nor a body, and its reader will come again."""
+        asked = self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close"
+        if asked or not self.status.startswith("304"):
+            super().set_close_on_finish()
+
 
 class Refusal(ErrorTask):
     """What is no HTTP never reaches the app; it is answered here, in the API's error shape."""

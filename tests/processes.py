@@ -119,7 +119,7 @@ class Wire:
         return self
 
     def answer(self, method: str = "GET") -> Answer:
-        """The next answer, whole: every one but 100 tells its length."""
+        """The next answer, whole: every one but 100 and 304 tells its length."""
         first_line = self._file.readline()
         assert re.match(rb"HTTP/1\.[01] [1-5][0-9][0-9] ", first_line), f"not an answer: {first_line!r}"
         headers: dict[str, str] = {}
@@ -128,7 +128,7 @@ class Wire:
             assert name.lower() not in headers
             headers[name.lower()] = value
         status = int(first_line.split()[1])
-        length = 0 if method == "HEAD" or status == 100 else int(headers["content-length"])
+        length = 0 if method == "HEAD" or status in (100, 304) else int(headers["content-length"])
         body = self._file.read(length)
         assert len(body) == length
         return Answer(status, headers, body)

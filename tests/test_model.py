@@ -2,7 +2,8 @@
 ever sees or changes what is another's."""
 
 import secrets
-from datetime import datetime
+from collections.abc import Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -15,10 +16,12 @@ from hypothesis.stateful import (
     consumes,
     initialize,
     invariant,
+    multiple,
     rule,
     run_state_machine_as_test,
 )
 
+from taskapi.schemas import PRIORITIES
 from tests.people import Answer, Person, assert_problem
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
@@ -27,7 +30,26 @@ TITLES = (TEXT | st.sampled_from(["a" * 500, "🦀", "' OR true --"])).filter(
 )
 DESCRIPTIONS = st.none() | TEXT
 TITLE: dict[str, Any] = {"title": TITLES}
-OTHERS: dict[str, Any] = {"description": DESCRIPTIONS, "is_completed": st.booleans()}
+INSTANTS = st.datetimes(timezones=st.just(UTC)).map(lambda at: at.replace(microsecond=0).isoformat())
+TAGS = st.lists(st.sampled_from(["x", "y", "a,b", '"', "{}", "NULL", "🦀"]), unique=True, max_size=4)
+OTHERS: dict[str, Any] = {
+    "description": DESCRIPTIONS, "is_completed": st.booleans(), "due_at": st.none() | INSTANTS,
+    "priority": st.sampled_from(PRIORITIES), "tags": TAGS,
+}  # fmt: skip
+DEFAULTS: dict[str, Any] = {"description": None, "is_completed": False, "due_at": None, "priority": "none", "tags": []}
+BODIES = st.fixed_dictionaries(TITLE, optional=OTHERS)
+FILTERS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "is_completed=true": lambda task: task["is_completed"] is True,
+    "is_completed=false&priority=high&priority=low": lambda task: (
+        not task["is_completed"] and task["priority"] in ("high", "low")
+    ),
+    "tag=x&tag=a%2Cb": lambda task: {"x", "a,b"} <= set(task["tags"]),
+    "tag=NULL": lambda task: "NULL" in task["tags"],
+    "due_before=2000-01-01T00:00:00Z": lambda task: task["due_at"] is not None and task["due_at"] < "2000",
+    "due_after=2000-01-01T00:00:00Z": lambda task: (
+        task["due_at"] is not None and task["due_at"] > "2000-01-01T00:00:00+00:00"
+    ),
+}
 NAMES = ("ann", "ben", "ann ", "Ann", "ann/tasks")
 
 
@@ -42,18 +64,40 @@ class Machine(RuleBasedStateMachine):
         run = secrets.token_hex(6)
         self.people = {name: Person(self.app.test_client(), f"{run}-{name}") for name in NAMES}
         self.model: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in NAMES}
+        self.states: dict[str, list[tuple[str, list[Any]]]] = {name: [] for name in NAMES}
+        self.keys = 0
 
-    @rule(target=tasks, name=st.sampled_from(NAMES), body=st.fixed_dictionaries(TITLE, optional=OTHERS))
+    @rule(target=tasks, name=st.sampled_from(NAMES), body=BODIES)
     def create(self, name: str, body: dict[str, Any]) -> tuple[str, int]:
-        task = self.people[name].request("POST", json=body)
-        assert task.status_code == 201
-        defaults = {"description": None, "is_completed": False}
-        now = task.json["created_at"]
-        expected = {**defaults, **body, "title": body["title"].strip(), "user_id": self.people[name].user}
-        assert task.json == {**expected, "id": task.json["id"], "created_at": now, "updated_at": now}
-        assert not any(task.json["id"] in tasks for tasks in self.model.values())
-        self.model[name][task.json["id"]] = task.json
-        return name, task.json["id"]
+        response = self.people[name].request("POST", json=body)
+        assert response.status_code == 201
+        self.note(name, body, response.json)
+        return name, response.json["id"]
+
+    @rule(target=tasks, name=st.sampled_from(NAMES), bodies=st.lists(BODIES, max_size=4))
+    def create_all(self, name: str, bodies: list[dict[str, Any]]) -> Any:
+        """Twice under one key: the second time nothing is made."""
+        self.keys += 1
+        headers = {"Idempotency-Key": f'"{self.keys}"'}
+        first, second = (self.people[name].request("POST", json=bodies, headers=headers) for _ in range(2))
+        assert first.status_code == second.status_code == 201
+        assert first.data == second.data
+        for body, task in zip(bodies, first.json, strict=True):
+            self.note(name, body, task)
+        return multiple(*((name, task["id"]) for task in first.json))
+
+    @rule(name=st.sampled_from(NAMES), bodies=st.lists(BODIES, min_size=1, max_size=3))
+    def create_none(self, name: str, bodies: list[dict[str, Any]]) -> None:
+        assert_problem(self.people[name].request("POST", json=[*bodies, {"title": ""}]), 422)
+
+    def note(self, name: str, body: dict[str, Any], task: dict[str, Any]) -> None:
+        """A task was made: just as the body told."""
+        now = task["created_at"]
+        expected = {**DEFAULTS, **body, "title": body["title"].strip(), "user_id": self.people[name].user}
+        expected |= {"id": task["id"], "created_at": now, "updated_at": now}
+        assert task == {**expected, "completed_at": now if expected["is_completed"] else None}
+        assert not any(task["id"] in tasks for tasks in self.model.values())
+        self.model[name][task["id"]] = task
 
     @rule(task=tasks, caller=st.sampled_from(NAMES))
     def get(self, task: tuple[str, int], caller: str) -> None:
@@ -65,6 +109,52 @@ class Machine(RuleBasedStateMachine):
     def update(self, task: tuple[str, int], caller: str, body: dict[str, Any]) -> None:
         response = self.people[caller].request("PUT", f"/{task[1]}", json=body)
         self.check(task, caller, response, {**body, **({"title": body["title"].strip()} if "title" in body else {})})
+
+    @rule(task=tasks, title=TITLES, is_current=st.booleans())
+    def update_if_it_is_as_it_was(self, task: tuple[str, int], title: str, is_current: bool) -> None:
+        person, path, known = self.people[task[0]], f"/{task[1]}", self.model[task[0]].get(task[1])
+        tag = f'"{known["updated_at"]}"' if known and is_current else '"2000-01-01T00:00:00+00:00"'
+        response = person.request("PUT", path, json={"title": title}, headers={"If-Match": tag})
+        if known and not is_current:
+            assert_problem(response, 412)
+        else:
+            self.check(task, task[0], response, {"title": title.strip()})
+
+    @rule(name=st.sampled_from(NAMES), query=st.sampled_from([*FILTERS]))
+    def choose(self, name: str, query: str) -> None:
+        response = self.people[name].request("GET", query_string=f"{query}&count=true")
+        chosen = [task for task in self.model[name].values() if FILTERS[query](task)]
+        assert response.json == chosen
+        assert response.headers["X-Total-Count"] == f"{len(chosen)}"
+
+    @rule(name=st.sampled_from(NAMES), query=st.sampled_from([*FILTERS]))
+    def clear(self, name: str, query: str) -> None:
+        response = self.people[name].request("DELETE", query_string=query)
+        assert response.json == [task for task in self.model[name].values() if FILTERS[query](task)]
+        self.model[name] = {id: task for id, task in self.model[name].items() if not FILTERS[query](task)}
+
+    @rule(name=st.sampled_from(NAMES), sort=st.sampled_from(["created_at", "-created_at"]), limit=st.integers(1, 3))
+    def leaf_through(self, name: str, sort: str, limit: int) -> None:
+        person, found = self.people[name], []
+        response = person.request("GET", query_string={"sort": sort, "limit": limit})
+        while True:
+            found += response.json
+            if "Link" not in response.headers:
+                break
+            response = person.open(response.headers["Link"].partition(">")[0][1:])
+        step = 1 if sort == "created_at" else -1
+        made = [datetime.fromisoformat(task["created_at"]).timestamp() for task in self.model[name].values()]
+        assert found == [task for _, task in sorted(zip(made, self.model[name].values()), key=lambda o: step * o[0])]
+
+    @rule(name=st.sampled_from(NAMES))
+    def ask_for_what_is_new(self, name: str) -> None:
+        """A list's tag stands for one state of it: whoever has that is not told again."""
+        response = self.people[name].request("GET")
+        self.states[name].append((response.headers["ETag"], response.json))
+        for tag, tasks in self.states[name]:
+            again = self.people[name].request("GET", headers={"If-None-Match": tag})
+            assert again.status_code == 200 or tasks == response.json
+            assert again.status_code == 304 or tag != response.headers["ETag"]
 
     @rule(task=tasks, caller=st.sampled_from(NAMES))
     def toggle(self, task: tuple[str, int], caller: str) -> None:
@@ -102,6 +192,7 @@ class Machine(RuleBasedStateMachine):
             updated_at = response.json["updated_at"]
             assert datetime.fromisoformat(updated_at) > datetime.fromisoformat(known["updated_at"])
             known |= {**changes, "updated_at": updated_at}
+            known["completed_at"] = (known["completed_at"] or updated_at) if known["is_completed"] else None
         assert response.json == known
 
     @invariant()
