@@ -97,6 +97,10 @@ def test_the_tasks_work_at_any_prefix(embedded: tuple[Flask, str]) -> None:
     assert created.status_code == 201
     assert created.headers["Location"] == f"{ann.tasks}/{created.json['id']}"
     assert ann.open(created.headers["Location"]).json == created.json
+    ann.create("u")
+    link = ann.request("GET", query_string="limit=1").headers["Link"]
+    assert [task["title"] for task in ann.open(link.partition(">")[0][1:]).json] == ["u"]
+    assert [task["title"] for task in ann.request("DELETE", query_string="q=u").json] == ["u"]
     assert ann.request("PATCH", f"/{created.json['id']}/complete").json["is_completed"] is True
     assert ann.request("DELETE", f"/{created.json['id']}").status_code == 200
     assert ann.list() == []

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
+from urllib.parse import quote
 
 import psycopg
 import pytest
@@ -13,7 +14,7 @@ from psycopg import sql
 
 from taskapi import Settings, create_app
 from taskapi.db import database, statement
-from taskapi.schemas import PRIORITIES, SORTS
+from taskapi.schemas import LIST, PRIORITIES, SORTS
 from tests.people import SECRET, Answer, Person, assert_problem
 
 DAY = "2026-12-{:02}T00:00:00+00:00"
@@ -155,6 +156,22 @@ REFUSED: dict[str, tuple[str, list[str]]] = {
 def test_a_parameter_that_breaks_a_rule_is_422_and_named(alice: Person, name: str) -> None:
     query, parameters = REFUSED[name]
     assert_refused(alice, query, *parameters)
+
+
+PARAMETERS = [*LIST.fields, "x", ""]
+VALUES = st.binary(max_size=9) | st.text(max_size=9).map(lambda text: text.encode(errors="surrogatepass"))
+USUAL = st.sampled_from(
+    [b"true", b"1", b"title", b"-due_at", b"high", b"2026-12-24T18:00:00Z", b"0001-01-01T00:00:00Z"]
+)
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(query=st.lists(st.tuples(st.sampled_from(PARAMETERS), USUAL | VALUES), max_size=4))
+def test_no_query_is_a_defect(alice: Person, method: str, query: list[tuple[str, bytes]]) -> None:
+    response = alice.request(method, query_string="&".join(f"{name}={quote(value)}" for name, value in query))
+    if response.status_code != 200:
+        assert_problem(response, 422)
 
 
 def test_many_wrong_parameters_get_no_large_answer(alice: Person) -> None:

@@ -143,8 +143,11 @@ class Machine(RuleBasedStateMachine):
                 break
             response = person.open(response.headers["Link"].partition(">")[0][1:])
         step = 1 if sort == "created_at" else -1
-        made = [datetime.fromisoformat(task["created_at"]).timestamp() for task in self.model[name].values()]
-        assert found == [task for _, task in sorted(zip(made, self.model[name].values()), key=lambda o: step * o[0])]
+
+        def place(task: dict[str, Any]) -> float:
+            return step * datetime.fromisoformat(task["created_at"]).timestamp()
+
+        assert found == sorted(self.model[name].values(), key=place)
 
     @rule(name=st.sampled_from(NAMES))
     def ask_for_what_is_new(self, name: str) -> None:

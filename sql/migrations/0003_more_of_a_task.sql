@@ -51,7 +51,7 @@ BEGIN
         $function$
         CREATE FUNCTION taskapi.folded(value text) RETURNS text IMMUTABLE PARALLEL SAFE LANGUAGE sql
         RETURN regexp_replace(
-            normalize(translate(lower(upper(normalize(value, NFKD) COLLATE %I)), 'ς', 'σ'), NFKD), '[\u0300-\u036f]+', '', 'g'
+            normalize(translate(lower(upper(normalize(value, NFKD) COLLATE %I)), U&'\03C2', U&'\03C3'), NFKD), '[\u0300-\u036f]+', '', 'g'
         )
         $function$,
         (SELECT collname FROM pg_collation
