@@ -141,14 +141,15 @@ class Parser(HTTPRequestParser):
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)
-        too_long = self.chunked and self.body_bytes_received > 2 * self._max_body()  # a chunk has a head, too
-        if (too_long or self._held() > self.adj.max_request_header_size) and not self.error:
+        if self.chunked and not self.error and self._is_too_long():
             self._pass_on_without_body(max(self.body_bytes_received, MAX_DROPPED))
         return len(data) if self.rest_is_body else consumed
 
-    def _held(self) -> int:
-        """Bytes that stand between chunks: waitress keeps them in memory, whereas a body goes to the disk."""
-        return sum(len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
+    def _is_too_long(self) -> bool:
+        """Whether a body in chunks is over the limit, or what stands between them, which waitress keeps in memory."""
+        held = sum(len(getattr(self.body_rcv, name, b"")) for name in ("control_line", "trailer"))
+        most: int = self.adj.max_request_header_size
+        return held > most or self.body_bytes_received > 2 * self._max_body()  # a chunk has a head, too
 
     def _pass_on_without_body(self, length: int) -> None:
         """What follows on this connection is that body and no request: it is closed with the answer."""
@@ -196,12 +197,6 @@ def http_date(second: int) -> str:
     """RFC 9110 (§5.6.7), written once a second."""
     text: str = build_http_date(second)
     return text
-
-    def set_close_on_finish(self) -> None:
-        """Not for want of a length alone: 304 has neither that nor a body, and its reader will come again."""
-        asked = self.version == "1.0" or self.request.headers.get("CONNECTION", "").lower() == "close"
-        if asked or not self.status.startswith("304"):
-            super().set_close_on_finish()
 
 
 class Refusal(ErrorTask):
