@@ -16,8 +16,10 @@ WITH owner AS (
       AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
       AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
       AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
-      AND (%(q)s::text IS NULL OR taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' ')))
-           LIKE ALL (taskapi.patterns(%(q)s)))
+      AND (%(q)s::text IS NULL OR NOT EXISTS (
+          SELECT FROM regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
+          WHERE strpos(taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))), word) = 0
+      ))
     RETURNING t.*
 )
 SELECT coalesce(json_agg(deleted ORDER BY created_at, id), '[]'), count(*)

@@ -2,14 +2,13 @@
 -- there is a next page), how many these are, the list's version and the key of its cursors, and how many tasks there
 -- are on all pages, if that was asked for.
 --
--- The plan of the plain list is kept. Any other is planned by its values (plan_by_values.sql): what they do not choose is
--- planned away, and an index is found for what they do. Due dates are compared by least, not coalesce: that is not
--- leakproof, and so no index may serve it before the policy.
+-- The default order has a branch of its own, so that the plan of the plain list can be kept. Any other is planned by its
+-- values (plan_by_values.sql): what they do not choose is planned away, and an index is found for what they do. The
+-- conditions on due_at say least, not coalesce: that is not leakproof, and so no index may serve it before the policy.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, sort, after, after_id, limit, count
 WITH chosen AS NOT MATERIALIZED (
-    SELECT t AS task, t.id,
+    SELECT t AS task, t.id, t.created_at,
            CASE %(sort)s::text
-               WHEN 'created_at' THEN t.created_at
                WHEN 'updated_at' THEN t.updated_at
                WHEN 'due_at' THEN least(t.due_at, 'infinity')
            END AS time_up,
@@ -34,25 +33,38 @@ WITH chosen AS NOT MATERIALIZED (
       AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
       AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
       AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
-      AND (%(q)s::text IS NULL OR taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' ')))
-           LIKE ALL (taskapi.patterns(%(q)s)))
+      AND (%(q)s::text IS NULL OR NOT EXISTS (
+          SELECT FROM regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
+          WHERE strpos(taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))), word) = 0
+      ))
 ), page AS NOT MATERIALIZED (
-    SELECT task FROM chosen
-    WHERE %(after_id)s::bigint IS NULL OR CASE
-        WHEN %(sort)s IN ('created_at', 'updated_at', 'due_at')
-            THEN (time_up, id) > (coalesce(%(after)s::text::timestamptz, 'infinity'), %(after_id)s)
-        WHEN %(sort)s IN ('-created_at', '-updated_at', '-due_at')
-            THEN time_down <= coalesce(%(after)s::text::timestamptz, '-infinity')
-             AND (time_down < coalesce(%(after)s::text::timestamptz, '-infinity') OR id > %(after_id)s)
-        WHEN %(sort)s IN ('title', 'priority')
-            THEN (text_up, id) > (%(after)s, %(after_id)s)
-        ELSE text_down <= %(after)s AND (text_down < %(after)s OR id > %(after_id)s)
-    END
-    ORDER BY time_up, time_down DESC, text_up, text_down DESC, id
-    LIMIT %(limit)s::int + 1
+    (
+        SELECT task FROM chosen
+        WHERE %(sort)s = 'created_at'
+          AND (created_at, id) > (coalesce(%(after)s::text::timestamptz, '-infinity'), coalesce(%(after_id)s::bigint, 0))
+        ORDER BY created_at, id
+        LIMIT %(limit)s::int + 1
+    )
+    UNION ALL
+    (
+        SELECT task FROM chosen
+        WHERE %(sort)s <> 'created_at' AND (%(after_id)s::bigint IS NULL OR CASE
+            WHEN %(sort)s IN ('updated_at', 'due_at')
+                THEN (time_up, id) > (coalesce(%(after)s::text::timestamptz, 'infinity'), %(after_id)s)
+            WHEN %(sort)s IN ('-created_at', '-updated_at', '-due_at')
+                THEN time_down <= coalesce(%(after)s::text::timestamptz, '-infinity')
+                 AND (time_down < coalesce(%(after)s::text::timestamptz, '-infinity') OR id > %(after_id)s)
+            WHEN %(sort)s IN ('title', 'priority')
+                THEN (text_up, id) > (%(after)s, %(after_id)s)
+            ELSE text_down <= %(after)s AND (text_down < %(after)s OR id > %(after_id)s)
+        END)
+        ORDER BY time_up, time_down DESC, text_up, text_down DESC, id
+        LIMIT %(limit)s::int + 1
+    )
 )
 SELECT coalesce(json_agg(task), '[]'),
        count(*),
-       (SELECT concat(u.version, ' ', u.cursor_key) FROM taskapi.users AS u WHERE u.id = %(user_id)s),
+       (SELECT u.version FROM taskapi.users AS u WHERE u.id = %(user_id)s),
+       (SELECT u.cursor_key FROM taskapi.users AS u WHERE u.id = %(user_id)s),
        CASE WHEN %(count)s::boolean THEN (SELECT count(*) FROM chosen) END
 FROM page

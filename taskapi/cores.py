@@ -5,10 +5,10 @@ import contextlib
 import os
 import random
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 STAT = Path("/proc/stat")
+THREADS = Path("/proc/self/task")
 
 GAIN = 0.25
 """By what share of a core another must have more room for us before we move there."""
@@ -23,13 +23,14 @@ class Cores:
         self._allowed = sorted(allowed) if len(allowed) > 1 else []
         self._mine = self._allowed[os.getpid() % len(self._allowed)] if self._allowed else None
         self._before = (time.monotonic(), time.process_time(), idle_seconds() if self._allowed else {})
+        self.keep()
 
-    def keep_together(self, threads: Iterable[int]) -> None:
-        """Has these threads run on that core only."""
+    def keep(self) -> None:
+        """Has every thread of this process run on that core only; those that they start will, too."""
         if self._mine is not None:
-            for thread in list(threads):
+            for thread in THREADS.iterdir():
                 with contextlib.suppress(OSError):  # it has ended, or the core was taken away from us
-                    os.sched_setaffinity(thread, {self._mine})
+                    os.sched_setaffinity(int(thread.name), {self._mine})
 
     def choose(self) -> None:
         """Looks for a core that had more room since the last time."""
@@ -42,6 +43,7 @@ class Cores:
         best = max(room, key=room.__getitem__)
         if room[best] > room[self._mine] + GAIN and random.random() < 0.5:  # noqa: S311 - or two would follow each other
             self._mine = best
+            self.keep()
 
 
 def idle_seconds() -> dict[int, float]:

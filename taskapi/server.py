@@ -262,6 +262,8 @@ class Channel(HTTPChannel):
         if sent < len(data):
             self.waiting_since = time.time()
             super().write_soon(data[sent:])
+        if not self.total_outbufs_len:
+            self.waiting_since = None
         self.last_activity = time.time()
         return len(data)
 
@@ -346,10 +348,9 @@ class Server(TcpWSGIServer):
         self.is_stopping = False
         self.ready = Ready()
         self._idle: set[int] = set()  # threads that wait for something to do
-        self._threads: set[int] = set()  # by their native ids
+        self._threads: set[int] = set()  # by their ids
         self._wanted = THREADS
         self._leaving = threading.Lock()
-        self._cores = Cores()
         self._turns = 0  # how often a thread found something; two that count at once may count as one
         self._room = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 20)
         info = (sock.family, sock.type, sock.proto, sock.getsockname())
@@ -360,6 +361,7 @@ class Server(TcpWSGIServer):
         """Serves until `stop` is called, or `goes_on`, which one of several processes has, says no; then finishes what
         has arrived."""
         self.ready.watch(self._fileno)
+        cores = Cores()
         self._have(THREADS)
         turns, called, looked, cleaned = -1, 0.0, 0.0, time.time()
         while not self.is_stopping and (goes_on is None or goes_on()):
@@ -373,8 +375,7 @@ class Server(TcpWSGIServer):
             turns = self._turns
             if now - looked > 1:
                 looked = now
-                self._cores.choose()
-                self._cores.keep_together(self._threads)
+                cores.choose()
             if now - cleaned > CLEANUP:
                 cleaned = now
                 self.maintenance(now)
@@ -419,9 +420,8 @@ class Server(TcpWSGIServer):
 
     def _work(self) -> None:
         """Does what there is to do."""
-        me = threading.get_native_id()
+        me = threading.get_ident()
         self._threads.add(me)
-        self._cores.keep_together([me])
         while not self._may_go(me):
             self._idle.add(me)
             found = self.ready.next(1)

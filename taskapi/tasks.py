@@ -56,8 +56,7 @@ def list_tasks(user_id: str) -> Response:
         if response := conditions.not_modified(_quoted(version)):
             return response
     query |= pages.position(cursor, key)
-    body, found, user, count = _run("list_tasks", **query, by_values=bool(request.args))
-    version, _, key = user.partition(b" ")
+    body, found, version, key, count = _run("list_tasks", **query, by_values=bool(request.args))
     link = None
     if int(found) > query["limit"]:
         body, link = pages.split(body, query["sort"], key, url_for(".list_tasks", user_id=user_id))

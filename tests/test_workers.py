@@ -53,7 +53,7 @@ LIVEZ = request("GET", "/livez")
 
 READER = f"reader-{secrets.token_hex(6)}"
 LONG = request("GET", f"/api/{READER}/tasks", token=mint(READER))
-"""Asks for 12 MB: more than the kernel keeps for a client that does not read."""
+"""Asks for 10 MB: more than the kernel keeps for a client that does not read."""
 
 ENDS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
@@ -117,13 +117,13 @@ def hasty(start: Start) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def _reader(database_url: str) -> None:
-    """READER, with 12 MB of tasks."""
+    """READER, with 10 MB of tasks."""
     with psycopg.connect(database_url) as conn:
         conn.execute("SELECT set_config('taskapi.user_id', %s, true)", [READER])
         conn.execute("INSERT INTO taskapi.users (id) VALUES (%s)", [READER])
         command: LiteralString = """
             INSERT INTO taskapi.tasks (user_id, title, description)
-            SELECT %s, 'Buy milk', repeat('x', 10000) FROM generate_series(1, 1200)
+            SELECT %s, 'Buy milk', repeat('x', 10000) FROM generate_series(1, 1000)
         """
         conn.execute(command, [READER])
 
@@ -271,7 +271,7 @@ def test_an_answer_that_is_being_read_is_read_to_its_end(start: Start) -> None:
         wait_until_refused(server)
         linger(0.5)
         assert server.popen.poll() is None
-        assert len(wire.answer().json) == 1200
+        assert len(wire.answer().json) == 1000
         assert_ends(server, within=5)
 
 
@@ -741,7 +741,7 @@ def test_for_one_connection_too_many_the_longest_idle_is_closed_and_no_busy_one(
             assert [wire.send(LIVEZ).answer().status for wire in (idle[0], idle[4], *new)] == [200] * 5
         assert busy.answer().status == 200
         assert half.send(create()[-1:]).answer().status == 201
-        assert len(reading.answer().json) == 1200
+        assert len(reading.answer().json) == 1000
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", create()[:-1]])
@@ -785,7 +785,7 @@ def test_who_never_reads_is_cut(hasty: Server) -> None:
 def test_who_works_on_is_not_cut(hasty: Server) -> None:
     with Wire(hasty.url) as wire:
         for _ in range(2):
-            assert len(wire.send(LONG).answer().json) == 1200
+            assert len(wire.send(LONG).answer().json) == 1000
             linger(1.2)  # longer than a request may take, shorter than a connection may be idle
             wire.send(GET[:20])
             linger(0.4)

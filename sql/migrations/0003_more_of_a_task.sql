@@ -61,10 +61,3 @@ BEGIN
     );
 END
 $migration$;
-
--- What a text has to be LIKE to hold every word of another, wherever in it.
-CREATE FUNCTION taskapi.patterns(words text) RETURNS text[] IMMUTABLE PARALLEL SAFE LANGUAGE sql
-RETURN (
-    SELECT array_agg('%' || regexp_replace(word, '([\\%_])', '\\\1', 'g') || '%')
-    FROM regexp_split_to_table(taskapi.folded(btrim(words)), '\s+') AS word
-);
