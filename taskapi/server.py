@@ -62,8 +62,9 @@ LINGER = 1
 DRAIN = 30
 """Seconds that a server which ends gives to requests under way and to answers that are being read."""
 
-THREADS = 2
-"""Threads that serve: one works while the other waits for the database. More would only wait for the interpreter."""
+THREADS = 4
+"""Threads that serve. They take turns with the interpreter; so many keep it busy while others wait for the database to
+commit."""
 
 MAX_THREADS = 64
 """Threads at most, while those that there are wait for a database that does not answer, or for a lock."""
