@@ -103,7 +103,7 @@ def server(visited: Server) -> Iterator[Server]:
     yield visited
     assert visited.ask("GET", TASKS).status == 200
     wait_until(lambda: count_descriptors(pid) <= descriptors + 5, "all is closed, but for connections to PostgreSQL")
-    assert count_threads(pid) <= threads
+    wait_until(lambda: count_threads(pid) <= threads, "threads that were called in have gone")
     assert visited.complaints == []
 
 
