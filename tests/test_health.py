@@ -138,8 +138,8 @@ def test_keys_that_are_missing_are_told_in_the_log_and_found_once_they_are_there
 
 
 def test_health_is_told_while_all_threads_wait(server: Server, postgres: Postgres) -> None:
-    with ThreadPoolExecutor(3 * THREADS) as threads, locked(postgres):
-        waiting = [threads.submit(server.ask, "GET", TASKS) for _ in range(3 * THREADS)]
+    with ThreadPoolExecutor(THREADS + 2) as threads, locked(postgres):
+        waiting = [threads.submit(server.ask, "GET", TASKS) for _ in range(THREADS + 2)]
         postgres.wait_for_backends("relation", THREADS)
         with within(SLACK):
             assert health(server, "/livez").status == health(server, "/readyz").status == 200
