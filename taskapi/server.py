@@ -452,6 +452,7 @@ class Server(TcpWSGIServer):
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
         self.is_stopping = True
+        time.sleep(0.01)  # for handshakes that are half done: closed before its last packet, a connection is reset
         self.ready.forget(self._fileno)
         for _ in range(BACKLOG):  # not for ever, should there be no descriptor for them
             if not has_arrival(self.socket):

@@ -285,13 +285,13 @@ def test_idle_connections_end_soon(start: Start) -> None:
 
 
 def test_a_request_that_comes_as_idle_connections_are_closed_is_answered(start: Start) -> None:
-    """It comes after we have looked, and before we close them: here that takes a second."""
-    slow = "def look(*a, f=server.Channel.is_idle):\n server.time.sleep(0.2)\n return f(*a)"
+    """It comes while we look, which takes a second here, and before we close them."""
+    slow = "def look(*a, f=server.Channel.is_idle):\n server.time.sleep(1)\n return f(*a)"
     with start(f"{slow}\nserver.Channel.is_idle = look; server.LINGER = 0.1") as server, ExitStack() as stack:
         wires = connect(server, stack, 5)
         assert {wire.send(LIVEZ).answer().status for wire in wires} == {200}
         server.popen.send_signal(signal.SIGTERM)
-        wait_until_refused(server)
+        linger(0.4)
         for wire in wires:
             wire.send(LIVEZ)
         assert {wire.answer().status for wire in wires} == {200}
