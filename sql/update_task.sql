@@ -1,4 +1,5 @@
 -- Changes the members that the JSON object `changes` names, keeps the rest, and returns the task as JSON, and its tag.
+-- Without changes the task's state is turned over.
 -- updated_at grows even when two changes meet in one microsecond or the clock steps back.
 -- The owner's row is locked first, as whatever writes several tasks does, or two writers could wait for each other.
 -- Parameters: user_id, id, changes, if_match
@@ -9,7 +10,9 @@ WITH owner AS (
     SET (title, description, is_completed, due_at, priority, tags, completed_at) = (
             SELECT n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,
                    CASE WHEN n.is_completed THEN coalesce(t.completed_at, now()) END
-            FROM jsonb_populate_record(t, %(changes)s::jsonb) AS n
+            FROM jsonb_populate_record(
+                t, coalesce(%(changes)s::jsonb, jsonb_build_object('is_completed', NOT t.is_completed))
+            ) AS n
         ),
         updated_at = greatest(now(), t.updated_at + interval '1 microsecond')
     FROM owner

@@ -19,7 +19,7 @@ class Cores:
     to choose from, or no such choice."""
 
     def __init__(self) -> None:
-        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") and STAT.exists() else set()
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") and os.access(STAT, os.R_OK) else set()
         self._allowed = sorted(allowed) if len(allowed) > 1 else []
         self._mine = self._allowed[os.getpid() % len(self._allowed)] if self._allowed else None
         self._before = (time.monotonic(), time.process_time(), idle_seconds() if self._allowed else {})

@@ -59,7 +59,6 @@ def configure(stream: TextIO = sys.stderr) -> None:
         handler.setFormatter(_Json(layout, rename_fields=_RENAMED, json_serializer=_serialized))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
-    logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # a line for each request that waits for a thread
     # What no line tells need not be found out for each (Python's logging, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
 

@@ -23,10 +23,11 @@ def position(cursor: str | None, key: bytes) -> dict[str, Any]:
     if cursor is None:
         return {"after": None, "after_id": None}
     try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True)
+        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
     except ValueError:
         raw = b""
-    if not key or not hmac.compare_digest(raw[:_MAC], _mac(raw[_MAC:], key)):
+    is_ours = key and _text(raw) == cursor and hmac.compare_digest(raw[:_MAC], _mac(raw[_MAC:], key))
+    if not is_ours:
         refuse_parameters([("cursor", "Is not of this list: begin without one.")])
     after, after_id = json.loads(raw[_MAC:])
     return {"after": after, "after_id": after_id}
@@ -40,9 +41,14 @@ def split(body: bytes, sort: str, key: bytes, url: str) -> tuple[bytes, str]:
     page, _, _ = body.rpartition(b", \n ")
     last = json.loads(page.rpartition(b", \n ")[2].removeprefix(b"["))
     payload = json.dumps([_value(last, sort.lstrip("-")), last["id"]]).encode()
-    cursor = base64.urlsafe_b64encode(_mac(payload, key) + payload).decode().rstrip("=")
+    cursor = _text(_mac(payload, key) + payload)
     parameters = [(name, value) for name, value in request.args.items(multi=True) if name != "cursor"]
     return page + b"]", f'<{url}?{urlencode([*parameters, ("cursor", cursor)])}>; rel="next"'
+
+
+def _text(raw: bytes) -> str:
+    """The one spelling of a cursor (RFC 4648, section 5, without padding)."""
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
 def _value(task: dict[str, Any], member: str) -> str | None:

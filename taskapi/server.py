@@ -352,6 +352,7 @@ class Server(TcpWSGIServer):
         self._threads: set[int] = set()  # by their ids
         self._wanted = THREADS
         self._leaving = threading.Lock()
+        self._called = self._looked = self._cleaned = 0.0  # when more threads were called in, and the last looks
         self._turns = 0  # how often a thread found something; two that count at once may count as one
         self._room = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 20)
         info = (sock.family, sock.type, sock.proto, sock.getsockname())
@@ -362,27 +363,30 @@ class Server(TcpWSGIServer):
         """Serves until `stop` is called, or `goes_on`, which one of several processes has, says no; then finishes what
         has arrived."""
         self.ready.watch(self._fileno)
-        cores = Cores()
+        self._cores = Cores()
         self._have(THREADS)
-        turns, called, looked, cleaned = -1, 0.0, 0.0, time.time()
         while not self.is_stopping and (goes_on is None or goes_on()):
-            time.sleep(PATIENCE)
-            now = time.time()
-            if not self._idle and turns == self._turns:  # all wait, for the database most likely
-                called = now
-                self._have(min(2 * len(self._threads), MAX_THREADS))
-            elif now - called > 1:
-                self._wanted = THREADS
-            turns = self._turns
-            if now - looked > 1:
-                looked = now
-                cores.choose()
-            if now - cleaned > CLEANUP:
-                cleaned = now
-                self.maintenance(now)
+            self._tend()
         if goes_on is None or not goes_on():
             shut(self.socket)
         self._drain()
+
+    def _tend(self) -> None:
+        """Waits for a moment, and then looks after threads, cores and connections."""
+        turns = self._turns
+        time.sleep(PATIENCE)
+        now = time.time()
+        if not self._idle and turns == self._turns:  # all wait, for the database most likely
+            self._called = now
+            self._have(min(2 * len(self._threads), MAX_THREADS))
+        elif now - self._called > 1:
+            self._wanted = THREADS
+        if now - self._looked > 1:
+            self._looked = now
+            self._cores.choose()
+        if now - self._cleaned > CLEANUP:
+            self._cleaned = now
+            self.maintenance(now)
 
     def stop(self, *_: object) -> None:
         """Ends `serve`; a signal handler, which may be called again at any time."""
@@ -430,13 +434,10 @@ class Server(TcpWSGIServer):
             self._turns += 1
             if found is None:
                 continue
-            if found[0] == self._fileno:
-                self.handle_accept()
-                self.ready.watch_again(found[0])
-            elif channel := self.active_channels.get(found[0]):
-                with channel.turn:
-                    channel.work(found[1])
-                    self._watch_again(channel)
+            try:
+                self._serve(*found)
+            except Exception:
+                log.exception("defect")  # and others wait for this thread
 
     def _may_go(self, me: int) -> bool:
         with self._leaving:  # or two would go where one is too many
@@ -445,9 +446,22 @@ class Server(TcpWSGIServer):
                 self._threads.discard(me)
         return is_one_too_many
 
-    def _watch_again(self, channel: Channel) -> None:
-        if channel.connected:
-            self.ready.watch_again(channel._fileno, reads=channel.readable(), writes=bool(channel.writable()))
+    def _serve(self, descriptor: int, flags: int) -> None:
+        """Does what a socket is ready for."""
+        if descriptor == self._fileno:
+            try:
+                self.handle_accept()
+            finally:
+                self.ready.watch_again(descriptor)
+        elif channel := self.active_channels.get(descriptor):
+            with channel.turn:
+                try:
+                    channel.work(flags)
+                except Exception:
+                    channel.handle_close()
+                    raise
+                if channel.connected:
+                    self.ready.watch_again(descriptor, reads=channel.readable(), writes=bool(channel.writable()))
 
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
@@ -464,7 +478,7 @@ class Server(TcpWSGIServer):
             if passed > LINGER:
                 for channel in list(self.active_channels.values()):
                     channel.close_if(lambda channel: channel.is_idle() and not has_arrival(channel.socket))
-            time.sleep(0.02)
+            self._tend()
         for channel in list(self.active_channels.values()):
             channel.handle_close()
 

@@ -71,14 +71,17 @@ def list_tasks(user_id: str) -> Response:
 @bp.post(LIST, **OPTIONS)
 def create_task(user_id: str) -> Response:
     tasks, is_array = schemas.load_tasks()
-    repeat = {"key": conditions.idempotency_key(), "digest": conditions.digest([tasks, is_array])}
+    key = conditions.idempotency_key()
+    repeat = {"key": key, "digest": key and conditions.digest([tasks, is_array])}
     person = {"email": g.taskapi_user.email, "name": g.taskapi_user.name}
-    row = None
-    if repeat["key"] is None or (row := _first_answer(repeat)) is None:
+    if key is None or (row := _first_answer(repeat)) is None:
         row = database().run("create_tasks", {"user_id": user_id, "tasks": json.dumps(tasks), **repeat, **person})
         if row and row[3] == b"t":
             event("new user", user=user_id)
-    body, tag, id, _ = row or _first_answer(repeat) or abort(404)  # or another with this key was faster
+    row = row or _first_answer(repeat)  # another with this key was faster
+    if row is None:
+        abort(problems.unavailable("Another request with this key is being forgotten. Nothing was changed."))
+    body, tag, id, _ = row
     if is_array:
         return Response(body, 201, mimetype="application/json")
     response = _answer(body[1:-1], tag, 201)  # of an array of one
@@ -119,8 +122,8 @@ def delete_task(user_id: str, id: str) -> Response:
 
 @bp.patch(STATE, **OPTIONS)
 def complete_task(user_id: str, id: str) -> Response:
-    state = schemas.load(schemas.STATE) if schemas.has_body() else {"is_completed": None}
-    return _change("complete_task", id=_id(id), **state)
+    state = json.dumps(schemas.load(schemas.STATE)) if schemas.has_body() else None
+    return _change("update_task", id=_id(id), changes=state)
 
 
 def any_other_method(**_: str) -> Response:

@@ -70,9 +70,9 @@ def test_the_floor_answers_with_the_same_headers(arena: Arena, tasks: Tasks) -> 
         with arena.serving(name, tasks) as server, Wire(server.url) as wire:
             headers.append(wire.send(next(iter(WORKS["get"].requests(tasks, 0)))).answer().headers)
     ours, bare = headers
-    assert {name: len(ours[name]) for name in ours.keys() - {"content-length"}} == {
-        name: len(bare[name]) for name in bare.keys() - {"content-length"}
-    }
+    assert ours.keys() == bare.keys()
+    for name in ours.keys() - {"content-length", "etag"}:  # whose digits may end in zeros that are not written
+        assert len(ours[name]) == len(bare[name]), name
 
 
 @needs_wrk

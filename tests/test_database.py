@@ -18,7 +18,11 @@ from taskapi.db import SQL, database, migrations, statement
 from tests.people import SECRET, Person, assert_problem
 
 STATEMENTS = sorted(path.stem for path in SQL.glob("*.sql"))
-ON_TASKS = [name for name in STATEMENTS if name.endswith(("_task", "_tasks"))]
+PERSONAL = re.compile(r"taskapi\.(tasks|users|first_answers)\b")
+"""The tables that hold people's own rows."""
+
+ON_ROWS = [name for name in STATEMENTS if PERSONAL.search(statement(name).decode())]
+ON_TASKS = [name for name in ON_ROWS if "taskapi.tasks" in statement(name).decode()]
 
 
 @pytest.mark.parametrize("name", STATEMENTS)
@@ -30,9 +34,18 @@ def test_a_statement_takes_the_parameters_that_its_header_names(name: str) -> No
     assert set(re.findall(r"%\((\w+)\)s", text)) == names
 
 
-@pytest.mark.parametrize("name", ON_TASKS)
-def test_a_statement_on_tasks_names_the_user(name: str) -> None:
-    assert "%(user_id)s" in statement(name).decode()
+def test_who_touches_a_persons_rows_names_the_person() -> None:
+    """And who does not touches none: a lock, a setting, what migrations there are."""
+    naming = {name for name in STATEMENTS if "%(user_id)s" in statement(name).decode()}
+    assert naming == {*ON_ROWS, "begin_as_user"}
+
+
+def test_a_filter_chooses_the_same_to_list_and_to_delete() -> None:
+    """Its text stands in both, for a statement is one file."""
+    filters = re.compile(r"      AND \(%\(is_completed\)s.*?\n      \)\)\n", re.DOTALL)
+    listed, deleted = (filters.findall(statement(name).decode()) for name in ("list_tasks", "delete_tasks"))
+    assert len(listed) == 1
+    assert listed == deleted
 
 
 def test_every_key_and_index_of_tasks_starts_with_the_user(conn: psycopg.Connection) -> None:

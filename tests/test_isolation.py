@@ -17,14 +17,14 @@ from werkzeug.exceptions import HTTPException
 from taskapi import Settings, create_app
 from taskapi.db import Defect, database, statement
 from tests.people import SECRET, Person, assert_problem
-from tests.test_database import ON_TASKS
+from tests.test_database import ON_ROWS
 
 CONDITION = re.compile(r"(?:\w+\.)?(?:user_id|id) = %\(user_id\)s")
 
 
 def without_one_condition() -> list[tuple[str, str]]:
     """Every statement as often as it compares with the user, each time with one of the comparisons gone."""
-    texts = {name: statement(name).decode() for name in ON_TASKS}
+    texts = {name: statement(name).decode() for name in ON_ROWS}
     return [
         (name, text[: match.start()] + "true" + text[match.end() :])
         for name, text in texts.items()
@@ -35,11 +35,12 @@ def without_one_condition() -> list[tuple[str, str]]:
 def rows_of(conn: psycopg.Connection, person: Person) -> list[Any]:
     """What the database holds of a person, seen by its owner."""
     tasks = conn.execute("SELECT * FROM taskapi.tasks WHERE user_id = %s ORDER BY id", [person.user]).fetchall()
+    tasks += conn.execute("SELECT * FROM taskapi.first_answers WHERE user_id = %s", [person.user]).fetchall()
     return tasks + conn.execute("SELECT * FROM taskapi.users WHERE id = %s", [person.user]).fetchall()
 
 
 def test_every_statement_but_the_insert_compares_with_the_user() -> None:
-    assert {name for name, _ in without_one_condition()} == set(ON_TASKS)
+    assert {name for name, _ in without_one_condition()} == set(ON_ROWS)
 
 
 @pytest.mark.parametrize(("name", "text"), without_one_condition(), ids=[name for name, _ in without_one_condition()])
@@ -47,10 +48,13 @@ def test_the_policies_hold_without_the_statements_conditions(
     alice: Person, bob: Person, conn: psycopg.Connection, name: str, text: str
 ) -> None:
     mine, theirs = alice.create("mine"), bob.create("theirs")
+    assert bob.request("POST", json={"title": "once"}, headers={"Idempotency-Key": "k"}).status_code == 201
+    own = conn.execute("SELECT version, cursor_key FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
     before = rows_of(conn, bob)
     params: dict[str, Any] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
     params |= {"tasks": json.dumps([{"title": "t", "is_completed": True, "priority": "none", "tags": []}])}
     params |= {"sort": "created_at", "limit": 9}
+    params |= {"key": "k"} if name == "get_first_answer" else {}
     params |= {"user_id": alice.user, "id": theirs["id"], "changes": json.dumps({"title": "stolen"})}
     with conn.transaction():
         conn.execute(statement("begin_as_user"), params)
@@ -59,6 +63,8 @@ def test_the_policies_hold_without_the_statements_conditions(
     if name == "list_tasks":
         assert row
         assert row[0] == [mine]
+    elif name == "get_user":
+        assert row == own
     elif name == "delete_tasks":
         assert row == ([mine], 1)
     elif name != "create_tasks":

@@ -29,7 +29,7 @@ from psycopg.conninfo import make_conninfo
 
 from taskapi.local import Cluster
 from taskapi.schemas import MAX_BULK
-from taskapi.server import LINGER
+from taskapi.server import LINGER, MAX_THREADS
 from tests.people import SECRET, mint
 from tests.processes import (
     PYTHON,
@@ -711,6 +711,24 @@ def test_idle_and_slow_clients_do_not_keep_a_good_one_waiting(server: Server) ->
                 times.append(timed(server))
     assert statistics.median(times) < 0.1
     assert max(times) < 1
+
+
+@pytest.mark.parametrize("where", ["Channel.work", "Channel.__init__"])
+def test_a_defect_costs_its_connection_and_no_other(start: Start, where: str) -> None:
+    """As many of them as there will ever be threads."""
+    broken = f"""
+f, left = server.{where}, [None] * server.MAX_THREADS
+def fail(*a, **k):
+    if left and left.pop() is None: raise ValueError
+    f(*a, **k)
+server.{where} = fail
+"""
+    with start(broken) as server:
+        for _ in range(MAX_THREADS):
+            with Wire(server.url) as wire:
+                assert wire.send(LIVEZ).is_closed()
+        assert server.ask("GET", TASKS).status == 200
+        assert server.stderr.count("ValueError") >= MAX_THREADS
 
 
 def test_more_sockets_than_select_can_count_are_served(start: Start) -> None:

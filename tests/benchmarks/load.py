@@ -58,7 +58,7 @@ STATEMENTS = {
     "get": ("get_task", {}),
     "create": ("create_tasks", {"tasks": f"'{json.dumps([TASK.load({'title': 'Buy milk'})])}'"}),
     "update": ("update_task", {"changes": """'{"title": "Buy milk"}'"""}),
-    "toggle": ("complete_task", {}),
+    "toggle": ("update_task", {"changes": "NULL"}),
 }
 """The statement of each work that pgbench can do, and its parameters but for ids; what is not named is NULL."""
 
