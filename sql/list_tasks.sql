@@ -2,17 +2,18 @@
 -- there is a next page), how many these are, the list's version and the key of its cursors, and how many tasks there
 -- are on all pages, if that was asked for.
 --
--- The default order has a branch of its own, so that the plan of the plain list can be kept. Any other is planned by its
--- values (plan_by_values.sql): what they do not choose is planned away, and an index is found for what they do. The
--- conditions on due_at say least, not coalesce: that is not leakproof, and so no index may serve it before the policy.
+-- What is not given is planned away, and a way over an index is left: for the plain list in a plan that is kept, for any
+-- other in one for its values (db.py). The conditions on due_at say least, not coalesce: that is not leakproof, and so no
+-- index may serve it before the policy.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, sort, after, after_id, limit, count
 WITH chosen AS NOT MATERIALIZED (
-    SELECT t AS task, t.id, t.created_at,
-           CASE %(sort)s::text
+    SELECT t AS task, t.id,
+           CASE coalesce(%(sort)s, 'created_at')
+               WHEN 'created_at' THEN t.created_at
                WHEN 'updated_at' THEN t.updated_at
                WHEN 'due_at' THEN least(t.due_at, 'infinity')
            END AS time_up,
-           CASE %(sort)s
+           CASE %(sort)s::text
                WHEN '-created_at' THEN t.created_at
                WHEN '-updated_at' THEN t.updated_at
                WHEN '-due_at' THEN greatest(t.due_at, '-infinity')
@@ -37,30 +38,20 @@ WITH chosen AS NOT MATERIALIZED (
           SELECT FROM regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
           WHERE strpos(taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))), word) = 0
       ))
-), page AS NOT MATERIALIZED (
-    (
-        SELECT task FROM chosen
-        WHERE %(sort)s = 'created_at'
-          AND (created_at, id) > (coalesce(%(after)s::text::timestamptz, '-infinity'), coalesce(%(after_id)s::bigint, 0))
-        ORDER BY created_at, id
-        LIMIT %(limit)s::int + 1
-    )
-    UNION ALL
-    (
-        SELECT task FROM chosen
-        WHERE %(sort)s <> 'created_at' AND (%(after_id)s::bigint IS NULL OR CASE
-            WHEN %(sort)s IN ('updated_at', 'due_at')
-                THEN (time_up, id) > (coalesce(%(after)s::text::timestamptz, 'infinity'), %(after_id)s)
-            WHEN %(sort)s IN ('-created_at', '-updated_at', '-due_at')
-                THEN time_down <= coalesce(%(after)s::text::timestamptz, '-infinity')
-                 AND (time_down < coalesce(%(after)s::text::timestamptz, '-infinity') OR id > %(after_id)s)
-            WHEN %(sort)s IN ('title', 'priority')
-                THEN (text_up, id) > (%(after)s, %(after_id)s)
-            ELSE text_down <= %(after)s AND (text_down < %(after)s OR id > %(after_id)s)
-        END)
-        ORDER BY time_up, time_down DESC, text_up, text_down DESC, id
-        LIMIT %(limit)s::int + 1
-    )
+), page AS (
+    SELECT task FROM chosen
+    WHERE %(after_id)s::bigint IS NULL OR CASE
+        WHEN coalesce(%(sort)s, 'created_at') IN ('created_at', 'updated_at', 'due_at')
+            THEN (time_up, id) > (coalesce(%(after)s::text::timestamptz, 'infinity'), %(after_id)s)
+        WHEN %(sort)s IN ('-created_at', '-updated_at', '-due_at')
+            THEN time_down <= coalesce(%(after)s::text::timestamptz, '-infinity')
+             AND (time_down < coalesce(%(after)s::text::timestamptz, '-infinity') OR id > %(after_id)s)
+        WHEN %(sort)s IN ('title', 'priority')
+            THEN (text_up, id) > (%(after)s, %(after_id)s)
+        ELSE text_down <= %(after)s AND (text_down < %(after)s OR id > %(after_id)s)
+    END
+    ORDER BY time_up, time_down DESC, text_up, text_down DESC, id
+    LIMIT %(limit)s::int + 1
 )
 SELECT coalesce(json_agg(task), '[]'),
        count(*),

@@ -90,6 +90,14 @@ def statement(name: str) -> bytes:
 
 
 @functools.cache
+def without(text: bytes, absent: tuple[str, ...]) -> bytes:
+    """A statement with NULL for the parameters that are not given, so that PostgreSQL plans away what hangs on them."""
+    for parameter in absent:
+        text = text.replace(b"%%(%s)s" % parameter.encode(), b"NULL")
+    return text
+
+
+@functools.cache
 def migrations() -> dict[str, bytes]:
     """Each migration's name and text, in the order in which they are applied."""
     return {path.stem: path.read_bytes() for path in sorted((SQL / "migrations").glob("*.sql"))}
@@ -124,8 +132,8 @@ class Database:
 
     def run(self, name: str, params: dict[str, Any], by_values: bool = False) -> tuple[bytes, ...] | None:
         """The one row that sql/{name}.sql returns to the user `params["user_id"]`, as PostgreSQL wrote it, or None:
-        there is none, or the request's Idempotency-Key was used before. `by_values` has the statement planned for these
-        parameters alone.
+        there is none, or the request's Idempotency-Key was used before. Plans are kept, one for each set of parameters
+        that are not None; `by_values` has one made for these values.
 
         Ends the request with 503 where the database cannot answer, after POOL_TIMEOUT and DEADLINE at the latest. A
         read whose connection is lost is tried once more; a change never is, for it may have happened.
@@ -174,8 +182,11 @@ class Database:
             if not self._schema_is_current:
                 self._check_schema(conn)
             left = DEADLINE - (time.monotonic() - started)
-            names = ("begin_as_user", *(("plan_by_values",) if by_values else ()), name)
-            result = pipeline.run(conn, [statement(one) for one in names], params, left)
+            if by_values:
+                texts = [statement("plan_by_values"), statement(name)]
+            else:
+                texts = [without(statement(name), tuple(one for one, value in params.items() if value is None))]
+            result = pipeline.run(conn, [statement("begin_as_user"), *texts], params, left)
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one

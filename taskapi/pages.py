@@ -33,14 +33,14 @@ def position(cursor: str | None, key: bytes) -> dict[str, Any]:
     return {"after": after, "after_id": after_id}
 
 
-def split(body: bytes, sort: str, key: bytes, url: str) -> tuple[bytes, str]:
+def split(body: bytes, sort: str | None, key: bytes, url: str) -> tuple[bytes, str]:
     """A page of the list at `url` without the task that is one too many, and the Link to the next.
 
     PostgreSQL writes each element of an array on a line of its own, and no line ends within one.
     """
     page, _, _ = body.rpartition(b", \n ")
     last = json.loads(page.rpartition(b", \n ")[2].removeprefix(b"["))
-    payload = json.dumps([_value(last, sort.lstrip("-")), last["id"]]).encode()
+    payload = json.dumps([_value(last, (sort or "created_at").lstrip("-")), last["id"]]).encode()
     cursor = _text(_mac(payload, key) + payload)
     parameters = [(name, value) for name, value in request.args.items(multi=True) if name != "cursor"]
     return page + b"]", f'<{url}?{urlencode([*parameters, ("cursor", cursor)])}>; rel="next"'

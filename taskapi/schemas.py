@@ -152,10 +152,10 @@ class FilterSchema(Schema):
 class ListSchema(FilterSchema):
     """The parameters of a list."""
 
-    sort = fields.String(load_default="created_at", validate=validate.OneOf(SORTS))
+    sort = fields.String(load_default=None, validate=validate.OneOf(SORTS))
     limit = _Limit(load_default=MAX_TASKS)
     cursor = fields.String(load_default=None)
-    count = _Flag(load_default=False)
+    count = _Flag(load_default=None)
 
 
 TASK = TaskSchema()

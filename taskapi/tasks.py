@@ -94,7 +94,8 @@ def delete_tasks(user_id: str) -> Response:
     filters = schemas.load_parameters(schemas.FILTER)
     if not request.args:
         schemas.refuse_parameters([("is_completed", "Choose what to delete, by this or any other filter.")])
-    row = database().run("delete_tasks", {"user_id": user_id, **filters, "if_match": conditions.if_match()})
+    params = {"user_id": user_id, **filters, "if_match": conditions.if_match()}
+    row = database().run("delete_tasks", params, by_values=True)
     if row is None:
         return _precondition_failed()
     event("deleted", user=user_id, count=int(row[1]))

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from psycopg import sql
 
 from taskapi import Settings, create_app
-from taskapi.db import database, statement
+from taskapi.db import database, statement, without
+from taskapi.pipeline import numbered
 from taskapi.schemas import LIST, PRIORITIES, SORTS
 from tests.people import SECRET, Answer, Person, assert_problem
 
@@ -410,17 +411,16 @@ PAGES: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_of_50_reads_little_of_100_000(hoard: psycopg.Connection, name: str) -> None:
     asked, by_values = PAGES[name]
-    text = statement("list_tasks").decode()
-    names = sorted(set(re.findall(r"%\((\w+)\)s", text)))
-    values = dict.fromkeys(names) | {"user_id": "ann", "sort": "created_at", "limit": "50", "count": "false"} | asked
-    for position, parameter in enumerate(names, 1):
-        text = text.replace(f"%({parameter})s", f"${position}")
+    values = {"user_id": "ann", "limit": "50", **asked}
+    names = re.findall(r"%\((\w+)\)s", statement("list_tasks").decode())
+    absent = () if by_values else tuple({one for one in names if one not in values})
+    _, text, parameters = numbered(without(statement("list_tasks"), absent))
     with hoard.transaction(force_rollback=True):
         hoard.execute(statement("begin_as_user"), values)
         if by_values:
             hoard.execute(statement("plan_by_values"))
-        hoard.execute(f"PREPARE it AS {text}".encode())
-        arguments = ", ".join(sql.Literal(values[one]).as_string() for one in names)
+        hoard.execute(b"PREPARE it AS " + text)
+        arguments = ", ".join(sql.Literal(values.get(one)).as_string() for one in parameters)
         found = hoard.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE it ({arguments})".encode()).fetchone()
         hoard.execute("DEALLOCATE it")
     assert found
