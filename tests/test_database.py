@@ -48,13 +48,28 @@ def test_a_filter_chooses_the_same_to_list_and_to_delete() -> None:
     assert listed == deleted
 
 
-def test_every_key_and_index_of_tasks_starts_with_the_user(conn: psycopg.Connection) -> None:
+USER_COLUMNS = {"users": "id", "tasks": "user_id", "first_answers": "user_id"}
+"""What each table is sharded by."""
+
+
+def test_every_key_and_index_starts_with_the_user(conn: psycopg.Connection) -> None:
     found = conn.execute("""
-        SELECT a.attname FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
-        WHERE i.indrelid = 'taskapi.tasks'::regclass
+        SELECT i.indrelid::regclass::text, a.attname
+        FROM pg_index i JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = i.indkey[0]
+        WHERE i.indrelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'taskapi'::regnamespace)
     """).fetchall()
-    assert found
-    assert set(found) == {("user_id",)}
+    assert set(found) == {
+        (f"taskapi.{table}", column) for table, column in {**USER_COLUMNS, "migrations": "name"}.items()
+    }
+
+
+def test_every_foreign_key_stays_with_the_user(conn: psycopg.Connection) -> None:
+    found = conn.execute("""
+        SELECT conrelid::regclass::text, pg_get_constraintdef(oid)
+        FROM pg_constraint WHERE contype = 'f' AND connamespace = 'taskapi'::regnamespace
+    """).fetchall()
+    definition = "FOREIGN KEY (user_id) REFERENCES taskapi.users(id) ON DELETE CASCADE"
+    assert sorted(found) == [("taskapi.first_answers", definition), ("taskapi.tasks", definition)]
 
 
 def test_the_columns_of_a_task_are_its_members_on_the_wire(alice: Person, conn: psycopg.Connection) -> None:
@@ -108,15 +123,16 @@ def crowd(new_database: Callable[[], str]) -> Iterator[psycopg.Connection]:
 
 
 def scans(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if plan.get("Relation Name") == "tasks":
+    if plan.get("Relation Name") in USER_COLUMNS and "Scan" in plan["Node Type"]:
         yield plan
     for child in plan.get("Plans", ()):
         yield from scans(child)
 
 
-@pytest.mark.parametrize("name", [name for name in ON_TASKS if name != "create_tasks"])
+@pytest.mark.parametrize("name", ON_ROWS)
 def test_a_statement_reads_only_its_users_rows(crowd: psycopg.Connection, name: str) -> None:
-    """With a plan for any user, as a prepared statement comes to have, and with row-level security in force."""
+    """And so no join leaves a user's shard. With a plan for any user, as a prepared statement comes to have, and with
+    row-level security in force."""
     text = statement(name).decode()
     names = sorted(set(re.findall(r"%\((\w+)\)s", text)))
     values: dict[str, Any] = dict.fromkeys(names) | {"user_id": "user-7", "sort": "created_at", "limit": 1000}
@@ -130,10 +146,11 @@ def test_a_statement_reads_only_its_users_rows(crowd: psycopg.Connection, name: 
         found = crowd.execute(f"EXPLAIN (ANALYZE, FORMAT JSON) EXECUTE it ({arguments})".encode()).fetchone()
         crowd.execute("DEALLOCATE it")
     assert found
-    read = [scan for scan in scans(found[0][0]["Plan"]) if "Scan" in scan["Node Type"]]
+    read = list(scans(found[0][0]["Plan"]))
     assert read
     for scan in read:
-        assert "user_id" in scan.get("Index Cond", scan.get("Recheck Cond", ""))
+        condition = scan.get("Index Cond", scan.get("Recheck Cond", ""))
+        assert re.search(rf"\b{USER_COLUMNS[scan['Relation Name']]} = ", condition), scan
         assert scan["Actual Rows"] <= 20
         assert scan.get("Rows Removed by Filter", 0) == 0
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from taskapi import local
 from tests.benchmarks import load
-from tests.benchmarks.data import RESERVE, WORKS, Tasks, database
+from tests.benchmarks.data import ALL, RESERVE, WORKS, Tasks, database
 from tests.benchmarks.load import Failed, Figures
 from tests.benchmarks.runs import Heat
 from tests.clusters import Postgres
@@ -134,12 +134,12 @@ class Arena:
     def requests(self, tasks: Tasks, work: str) -> Path:
         """The file with the requests of a work."""
         file = self.folder / f"{work}-{tasks.count}"
-        load.write(WORKS[work].requests(tasks, RESERVE * self.seconds), file)
+        load.write(ALL[work].requests(tasks, RESERVE * self.seconds), file)
         return file
 
     def run(self, servers: Mapping[str, Server], heat: Heat) -> Figures:
         """Has one of these servers do its work, over a database as it was at first."""
-        server, work = servers[heat.who], WORKS[heat.work]
+        server, work = servers[heat.who], ALL[heat.work]
         if work.writes:
             server.tasks.restore(RESERVE * self.seconds if heat.work in ("delete", "mix") else 0)
         os.ftruncate(server.process.err.fileno(), 0)  # the log, which would fill the disk

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from tests.benchmarks import page
 from tests.benchmarks.arena import Arena, Server
+from tests.benchmarks.data import LISTS
 from tests.benchmarks.load import CLIENTS, STATEMENTS, Figures
 from tests.benchmarks.runs import Heat, Runs, alternate
 
@@ -101,6 +102,19 @@ def crowds(arena: Arena, plan: Plan) -> str:
         for heat in sorted(heats)
     ]
     return page.table(["who", "work", "connections", "requests/s", "p99, ms", "of those at 16", "goal"], rows)
+
+
+def lists(arena: Arena, plan: Plan) -> str:
+    """What choosing, sorting and paging cost, beside the plain list of as many tasks."""
+    servers = {"taskapi": arena.serve("taskapi", arena.tasks(plan.tasks))}
+    heats = [Heat("taskapi", work, 16) for work in LISTS]
+    runs = alternate(heats, lambda heat: arena.run(servers, heat), plan.rounds)
+    plain = heats[0]
+    rows = [
+        [heat.work, f"{runs.rate(heat):,.0f}", f"{runs.p99(heat):.1f}", f"{runs.ratio(heat, plain):.0%}"]
+        for heat in heats
+    ]
+    return page.table(["what", "requests/s", "p99, ms", f"of those of {plain.work}"], rows)
 
 
 def sizes(arena: Arena, plan: Plan) -> str:

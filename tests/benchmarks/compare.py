@@ -23,6 +23,7 @@ RESULTS = Path(__file__).with_name("results")
 CHAPTERS = {
     "rivals": ("Beside FastAPI", chapters.rivals),
     "floor": ("Beside the floor", chapters.floor),
+    "lists": ("Pages and filters", chapters.lists),
     "crowds": ("More connections", chapters.crowds),
     "sizes": ("More tasks", chapters.sizes),
     "processes": ("More processes", chapters.processes),

@@ -142,9 +142,11 @@ class Work:
     writes: bool = False
 
 
-def ask(method: str, user: str, path: str = "", body: dict[str, Any] | None = None, with_token: str = "") -> bytes:
+def ask(
+    method: str, user: str, path: str = "", body: dict[str, Any] | None = None, *headers: str, with_token: str = ""
+) -> bytes:
     sent = None if body is None else json.dumps(body).encode()
-    return request(method, f"/api/{user}/tasks{path}", token=with_token or token(user), body=sent)
+    return request(method, f"/api/{user}/tasks{path}", *headers, token=with_token or token(user), body=sent)
 
 
 def lists(tasks: Tasks, _: int) -> Iterator[bytes]:
@@ -153,6 +155,11 @@ def lists(tasks: Tasks, _: int) -> Iterator[bytes]:
 
 def long_lists(_: Tasks, __: int) -> Iterator[bytes]:
     return (ask("GET", user("heavy", number)) for number in range(HEAVY))
+
+
+def chosen(query: str, *headers: str) -> Work:
+    """What is asked of those with long lists."""
+    return Work(lambda _, __: (ask("GET", user("heavy", number), query, None, *headers) for number in range(HEAVY)))
 
 
 def gets(tasks: Tasks, _: int) -> Iterator[bytes]:
@@ -214,7 +221,20 @@ WORKS = {
     "mix": Work(mix, writes=True),
     "refused": Work(strangers, refused=True),
 }
-"""What is measured, by the names that the command line takes."""
+"""What is measured beside others, by the names that the command line takes."""
+
+LISTS = {
+    "list": WORKS["list"],
+    "list-1000": WORKS["list-1000"],
+    "a page of 20 of 1,000": chosen("?limit=20"),
+    "20 of 1,000, by title": chosen("?limit=20&sort=title"),
+    "20 of 1,000, open, by due date": chosen("?limit=20&is_completed=false&sort=due_at"),
+    "20 of 1,000, with a word": chosen("?limit=20&q=line"),
+    "1,000, unchanged (304)": chosen("", 'If-None-Match: "0"'),
+}
+"""What only this API does, and the lists to compare it with."""
+
+ALL = WORKS | LISTS
 
 
 def database(url: str, name: str, login: str) -> str:
