@@ -46,6 +46,12 @@ def environment(**variables: str) -> dict[str, str]:
     return {"PATH": os.environ["PATH"], "PORT": "0", **variables}
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port: int = sock.getsockname()[1]
+        return port
+
+
 def wait_until(happened: Callable[[], Any], what: str) -> None:
     """Polls until `happened` returns something true."""
     deadline = time.monotonic() + TIMEOUT

@@ -1,32 +1,33 @@
 """What the README gives to paste for a deployment, with the real programs."""
 
+import json
 import os
-import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.people import SECRET, mint
-from tests.processes import Server, Wire, copied, request, serving, started, wait_until
-from tests.test_docs import README
+from tests.processes import (
+    CHECKOUT,
+    TIMEOUT,
+    Server,
+    Wire,
+    copied,
+    environment,
+    free_port,
+    request,
+    serving,
+    started,
+    wait_until,
+)
+from tests.test_docs import pasted
 
 PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has nginx
-
-
-def pasted(language: str) -> str:
-    """The one fenced block of that language."""
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    return str(found)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def listens(port: int) -> bool:
@@ -79,3 +80,26 @@ def test_the_unit_as_pasted_is_one_that_systemd_takes(tmp_path: Path) -> None:
     unit.write_text(pasted("ini").replace("/srv/taskapi/.venv/bin/python", "/bin/true"))
     result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_container_file_as_pasted_says_what_works_here(database_url: str, tmp_path: Path) -> None:
+    """Followed by hand, for want of an image to start from: what it copies, what it runs, how that is asked."""
+    steps = [line.split(" ", 1) for line in pasted("dockerfile").splitlines()]
+    folder = tmp_path / "srv"
+    folder.mkdir()
+    for words in (rest.split() for step, rest in steps if step == "COPY"):
+        for source in words[:-1]:
+            into = folder / words[-1]
+            copy = shutil.copytree if (CHECKOUT / source).is_dir() else shutil.copy
+            copy(CHECKOUT / source, into)
+    said = {step: rest for step, rest in steps if step not in ("COPY", "RUN")}
+    host, port = said["ENV"].removeprefix("HOST="), free_port()
+    env = environment(HOST=host, PORT=str(port), DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)
+    command = [sys.executable, *json.loads(said["CMD"])[1:]]
+    with started(command, folder, env) as process:
+        wait_until(lambda: listens(port), "the container's process listens")
+        check = json.loads(said["HEALTHCHECK"].removeprefix("CMD "))
+        check = [sys.executable, *(word.replace(said["EXPOSE"], str(port)) for word in check[1:])]
+        subprocess.run(check, check=True, timeout=TIMEOUT)
+        assert not (folder / ".taskapi").exists()  # which nobody could not make there
+        assert process.stop() == 0

@@ -2,16 +2,24 @@
 
 import os
 import re
+import secrets
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import psycopg
 import pytest
 from flask import Flask
+from psycopg import errors
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from taskapi import create_app
 from taskapi.config import VARIABLES, Settings
-from tests.processes import tryout
+from taskapi.db import database, migrations
+from tests.people import SECRET, Person, mint
+from tests.processes import CHECKOUT, TIMEOUT, ask, environment, free_port, started, tryout
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -20,6 +28,12 @@ def block(heading: str) -> str:
     """The one fenced shell block under a heading."""
     section = README.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
     (found,) = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return str(found)
+
+
+def pasted(language: str) -> str:
+    """The one fenced block of that language."""
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     return str(found)
 
 
@@ -37,7 +51,10 @@ def test_ci_runs_the_readmes_own_test_line(checkout: Path) -> None:
     assert 'eval "$line"' in script
 
 
-@pytest.mark.skipif(not shutil.which("curl"), reason="the tour needs curl")
+MISSING = [tool for tool in ("curl", "jq") if not shutil.which(tool)]
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"the tour needs {' and '.join(MISSING)}")
 def test_the_tour_runs_as_it_is_pasted(tmp_path: Path) -> None:
     with tryout(tmp_path) as server:
         tour = block("A tour with curl").replace("http://127.0.0.1:8000", server.url)
@@ -50,9 +67,59 @@ def test_the_tour_runs_as_it_is_pasted(tmp_path: Path) -> None:
             text=True,
             timeout=60,
         )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count('"title":"Call Ann"') == 5
-    assert '"description":"about the boat"' in result.stdout
+    said = result.stdout
+    assert result.returncode == 0, said + result.stderr
+    assert "Sail\nPaint\n" in said
+    assert '"description":"about the boat"' in said
+    assert '"title":"Call Ann today"' in said
+    rent = re.findall(r'\{"id":(\d+),[^{]*"title":"Rent"[^{]*\}', said)
+    assert len(rent) == 2
+    assert rent[0] == rent[1]
+    assert re.findall(r"^\d+ (.*)$", said, re.MULTILINE) == ["Buy milk", "Paint", "Sail", "Call Ann today", "Rent"]
+    assert "304\n" in said
+    assert said.endswith("2\n")  # done were Paint and Sail
+
+
+def test_the_estate_runs_as_it_is_pasted(tmp_path: Path, new_database: Callable[[], str]) -> None:
+    (tmp_path / "estate.py").write_text(pasted("python"))
+    port = free_port()
+    flask = [sys.executable, "-m", "flask", "--app", "estate"]
+    env = environment(DATABASE_URL=new_database(), TASKS_SECRET=SECRET, PYTHONPATH=str(CHECKOUT))
+    subprocess.run([*flask, "taskapi", "migrate"], cwd=tmp_path, env=env, check=True, timeout=TIMEOUT)
+    with started([*flask, "run", f"--port={port}"], tmp_path, env) as process:
+        process.wait_for("Running on")
+        url = f"http://127.0.0.1:{port}"
+        assert ask(url, "GET", "/").body == b"The estate's own pages, as before."
+        assert ask(url, "POST", "/todo/ann/tasks", {"title": "a"}, mint("ann")).status == 201
+        assert ask(url, "GET", "/todo/ann/tasks").status == 401
+
+
+@pytest.mark.usefixtures("database_url")  # whose migration has made taskapi_user, as roles belong to the cluster
+def test_a_database_prepared_as_pasted_is_migrated_by_one_login_and_served_by_another(
+    new_database: Callable[[], str],
+) -> None:
+    url = new_database()
+    name = conninfo_to_dict(url)["dbname"]
+    roles = {role: f"{role}_{secrets.token_hex(4)}" for role in ("taskapi_owner", "taskapi_server")}
+    prepare = pasted("sql").replace("DATABASE tasks", f"DATABASE {name}")
+    prepare = prepare.replace("CREATE ROLE taskapi_user NOLOGIN;", "")
+    for role, own in roles.items():
+        prepare = prepare.replace(role, own)
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute(prepare.encode())
+        try:
+            logins = {role: make_conninfo(url, user=own, password="change me") for role, own in roles.items()}
+            owner = create_app(Settings(database_url=logins["taskapi_owner"], secrets=(SECRET,)))
+            assert database(owner).migrate() == sorted(migrations())
+            app = create_app(Settings(database_url=logins["taskapi_server"], secrets=(SECRET,)))
+            ann = Person(app.test_client(), "ann")
+            assert [ann.create()] == ann.list()
+            with database(app).session() as server, pytest.raises(errors.InsufficientPrivilege):
+                server.execute("CREATE TABLE taskapi.more ()")
+            database(app).close()
+        finally:
+            for own in roles.values():
+                conn.execute(f"DROP OWNED BY {own}; DROP ROLE {own}".encode())
 
 
 def test_the_readme_names_every_route(app: Flask) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import shutil
 import signal
-import socket
 import threading
 import time
 import tracemalloc
@@ -21,7 +20,18 @@ from taskapi import ConfigError, Settings, create_app
 from taskapi.db import database
 from taskapi.limits import MAX_COUNTERS, STORE_COOLDOWN, Counters, Limits
 from tests.people import SECRET, Answer, Person, assert_problem, mint
-from tests.processes import Process, Server, Wire, copied, environment, request, serving, started, wait_until
+from tests.processes import (
+    Process,
+    Server,
+    Wire,
+    copied,
+    environment,
+    free_port,
+    request,
+    serving,
+    started,
+    wait_until,
+)
 
 
 @contextlib.contextmanager
@@ -30,11 +40,6 @@ def app_by(**settings: Any) -> Iterator[FlaskClient]:
     app = create_app(Settings(**{"database_url": "postgresql://127.0.0.1:1/nowhere", "secrets": (SECRET,), **settings}))
     yield app.test_client()
     database(app).close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def assert_limited(response: TestResponse, policy: str, amount: int, seconds: int = 60) -> None:

@@ -9,8 +9,7 @@ import pytest
 
 from taskapi import ConfigError, Settings
 from tests.people import SECRET, mint
-from tests.processes import copied, environment, serving, started
-from tests.test_deploy import free_port
+from tests.processes import copied, environment, free_port, serving, started
 
 LIST = 'route="/api/{user_id}/tasks"'
 

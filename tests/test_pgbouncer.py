@@ -19,8 +19,7 @@ from psycopg.conninfo import conninfo_to_dict
 from taskapi import Settings, create_app
 from taskapi.db import database, statement
 from tests.people import SECRET, Person
-from tests.processes import environment, started
-from tests.test_limits import free_port
+from tests.processes import environment, free_port, started
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="needs pgbouncer")

@@ -16,8 +16,7 @@ from tests.benchmarks.load import Failed, Figures
 from tests.benchmarks.runs import Heat
 from tests.clusters import Postgres
 from tests.people import SECRET
-from tests.processes import CHECKOUT, TIMEOUT, Process, Wire, copied, environment, started, wait_until
-from tests.test_deploy import free_port
+from tests.processes import CHECKOUT, TIMEOUT, Process, Wire, copied, environment, free_port, started, wait_until
 
 FASTAPI = ("asyncpg", "sqlmodel")
 BARE = {"bare": "ours", "waitress": "stock"}
