@@ -23,7 +23,7 @@ from flask_jwt_extended import JWTManager, create_access_token
 from .config import ConfigError, Settings
 from .keys import ALGORITHMS, KeySet, KeysUnavailable, Secrets
 from .limits import Limits
-from .logs import event, request_id
+from .logs import refused, request_id
 from .problems import problem, unavailable
 from .schemas import parse_json, storable
 
@@ -181,19 +181,17 @@ def guard() -> Response | None:
         user = _user(limits)
     except InvalidToken as error:
         limits.count_refusal(request.remote_addr)
-        event("refused", status=401, reason=str(error))
         return _unauthorized(str(error), f'{CHALLENGE}, error="invalid_token", error_description="{error}"')
     except KeysUnavailable:
-        event("refused", status=503, reason="The key server cannot be reached.")
+        refused("The key server cannot be reached.")
         return unavailable("The keys that verify tokens cannot be reached now.")
     if user is None:
-        event("refused", status=401, reason="There is no token.")
         return _unauthorized("A bearer token is required.", CHALLENGE)
+    g.taskapi_user = user
     if not _is_user_of_url(user):
-        event("refused", status=403, reason="The token's user is not the one of the URL.", user=user.id)
+        refused("The token's user is not the one of the URL.")
         return problem(403, "The token is good, but its user is not the one of the URL.")
     limits.count_request(user.id)
-    g.taskapi_user = user
     return None
 
 
@@ -216,6 +214,7 @@ def _user(limits: Limits) -> User | None:
 
 
 def _unauthorized(detail: str, challenge: str) -> Response:
+    refused(detail)
     return problem(401, detail, {"WWW-Authenticate": challenge})
 
 

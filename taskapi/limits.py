@@ -15,7 +15,7 @@ from limits.errors import StorageError
 from limits.storage import Storage, storage_from_string
 
 from .config import Settings
-from .logs import event
+from .logs import refused
 from .problems import problem
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Limits:
     def count_request(self, user_id: str) -> None:
         """Counts a good request; ends it with 429 if the person's are used up."""
         if self._count(self._requests, "person", user_id) > self._requests.amount:
-            self._refuse(self._requests, "person", user_id, user=user_id)
+            self._refuse(self._requests, "person", user_id)
 
     def check_refusals(self, address: str | None) -> None:
         """Ends the request with 429 if this client's refusals are used up."""
@@ -118,8 +118,8 @@ class Limits:
             log.error("rate limits are off", extra={"seconds": STORE_COOLDOWN, "reason": reason})
             return otherwise
 
-    def _refuse(self, item: RateLimitItem, policy: str, who: str, **fields: str) -> None:
-        event("refused", status=429, reason=f"The {policy} limit is used up.", **fields)
+    def _refuse(self, item: RateLimitItem, policy: str, who: str) -> None:
+        refused(f"The {policy} limit is used up.")
         end = self._ask(self._store.get_expiry, 0.0, item.key_for(policy, who))
         seconds = max(1, math.ceil(end - time.time()))
         headers = {  # draft-ietf-httpapi-ratelimit-headers

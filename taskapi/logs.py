@@ -61,6 +61,7 @@ def configure(stream: TextIO = sys.stderr) -> None:
     log.setLevel(logging.INFO)
     # What no line tells need not be found out for each (Python's logging, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
 
 
 def request_id() -> str:
@@ -89,9 +90,17 @@ def event(name: str, **fields: Any) -> None:
     log.info(name, extra={**about, **fields})
 
 
-def tell_request_id(response: Response) -> Response:
-    """Sends the request's id back; the blueprint's after_request hook."""
+def refused(reason: str) -> None:
+    """Has the line of this request say why it was refused."""
+    app_ctx.g.taskapi_reason = reason
+
+
+def tell(response: Response) -> Response:
+    """Sends the request's id back, and writes the line of a refused one where a host's app writes none for any; the
+    blueprint's after_request hook."""
     response.headers["X-Request-ID"] = request_id()
+    if "taskapi_reason" in app_ctx.g and "taskapi_began" not in app_ctx.g:
+        _log_request(response)
     return response
 
 
@@ -104,17 +113,24 @@ def log_requests(app: Flask) -> None:
 
     @app.after_request
     def end(response: Response) -> Response:
-        state = app_ctx.g
-        user = state.get("taskapi_user")
-        event(
-            "request",
-            status=response.status_code,
-            duration=_milliseconds(time.perf_counter() - state.taskapi_began),
-            database=_milliseconds(state.get("taskapi_database", 0)),
-            user=user and user.id,
-            remembered=state.get("taskapi_remembered"),
-        )
-        return response if "X-Request-ID" in response.headers else tell_request_id(response)
+        _log_request(response, duration=_milliseconds(time.perf_counter() - app_ctx.g.taskapi_began))
+        response.headers.setdefault("X-Request-ID", request_id())
+        return response
+
+
+def _log_request(response: Response, **fields: float) -> None:
+    state = app_ctx.g
+    user = state.get("taskapi_user")
+    why = {"reason": state.taskapi_reason} if "taskapi_reason" in state else {}
+    event(
+        "request",
+        status=response.status_code,
+        **fields,
+        database=_milliseconds(state.get("taskapi_database", 0)),
+        user=user and user.id,
+        remembered=state.get("taskapi_remembered"),
+        **why,
+    )
 
 
 def log_unreadable(client: str, status: int) -> str:

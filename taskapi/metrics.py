@@ -90,15 +90,16 @@ class Figures(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         fields: dict[str, Any] = record.__dict__
-        if record.msg == "refused":
+        if record.msg != "request":
+            return
+        route = fields["route"] or "none"
+        self._requests.labels(route, fields["status"]).inc()
+        self._seconds.labels(route).observe(fields["duration"] / 1000)
+        if "reason" in fields:
             self._refused.labels(fields["reason"]).inc()
-        elif record.msg == "request":
-            route = fields["route"] or "none"
-            self._requests.labels(route, fields["status"]).inc()
-            self._seconds.labels(route).observe(fields["duration"] / 1000)
-            if fields["remembered"] is not None:
-                self._tokens.labels(str(fields["remembered"]).lower()).inc()
-            for state, number in self._database.pool_use().items():
-                self._pool.labels(state).set(number)
-            if (age := self._guard.key_set_age()) is not None:
-                self._age.set(age)
+        if fields["remembered"] is not None:
+            self._tokens.labels(str(fields["remembered"]).lower()).inc()
+        for state, number in self._database.pool_use().items():
+            self._pool.labels(state).set(number)
+        if (age := self._guard.key_set_age()) is not None:
+            self._age.set(age)

@@ -18,7 +18,7 @@ from .problems import problem
 bp = Blueprint("taskapi", __name__)
 bp.before_request(auth.guard)
 bp.after_request(cors.expose)
-bp.after_request(logs.tell_request_id)
+bp.after_request(logs.tell)
 problems.handle(bp)
 
 LIST = "/<taskapi_user:user_id>/tasks"

@@ -8,11 +8,15 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 from urllib.parse import quote
 
 import pytest
+from flask import Flask
 from flask.testing import FlaskClient
 
+from taskapi import Settings, init_app
+from taskapi.db import database
 from taskapi.logs import ReadableFormatter
 from tests.conftest import Leaks
 from tests.issuers import Signer
@@ -30,14 +34,15 @@ Told = Callable[[], list[dict[str, Any]]]
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Told:
-    """The security events until now: their names and their fields."""
+    """The security events until now, and the requests that were refused: their names and their fields."""
     caplog.set_level(logging.INFO, "taskapi")
 
     def read() -> list[dict[str, Any]]:
-        records = [r for r in caplog.records if r.name.startswith("taskapi") and r.getMessage() != "request"]
+        records = [record for record in caplog.records if record.name.startswith("taskapi")]
         return [
             {"event": record.getMessage(), **{k: v for k, v in vars(record).items() if k not in USUAL}}
             for record in records
+            if record.getMessage() != "request" or "reason" in vars(record)
         ]
 
     return read
@@ -49,9 +54,10 @@ def ask(person: Person, method: str = "GET", path: str = "", **headers: str) -> 
     return person.request(method, path, headers=headers, environ_overrides={"REMOTE_ADDR": ADDRESS}).status_code
 
 
-def refusal(status: int, reason: str, method: str = "GET", route: str = TASKS, **user: str) -> dict[str, Any]:
-    common = {"event": "refused", "client": ADDRESS, "request_id": "r1"}
-    return {**common, "status": status, "reason": reason, "method": method, "route": route, **user}
+def refusal(status: int, reason: str, method: str = "GET", route: str = TASKS, user: str = "") -> dict[str, Any]:
+    common = {"event": "request", "client": ADDRESS, "request_id": "r1", "duration": ANY, "database": 0}
+    what = {"status": status, "reason": reason, "method": method, "route": route, "user": user or None}
+    return {**common, **what, "remembered": ANY}
 
 
 # Refused requests
@@ -59,7 +65,7 @@ def refusal(status: int, reason: str, method: str = "GET", route: str = TASKS, *
 
 def test_a_request_without_a_token_is_told(alice: Person, told: Told) -> None:
     assert ask(alice, "PATCH", "/5/complete", Authorization="") == 401
-    assert told() == [refusal(401, "There is no token.", "PATCH", f"{TASK}/complete")]
+    assert told() == [refusal(401, "A bearer token is required.", "PATCH", f"{TASK}/complete")]
 
 
 @pytest.mark.parametrize(
@@ -104,16 +110,30 @@ def test_keys_that_cannot_be_reached_are_told_and_their_request(told: Told) -> N
     url = "http://ops:the-password@127.0.0.1:1/jwks?key=the-key"
     with app_by(jwks_url=url) as client:
         assert ask(Person(client, "ann", Signer.new("EdDSA").token("ann"))) == 503
-    failure, refused = told()
+    failure, request = told()
     assert (failure["event"], failure["url"]) == ("key set refresh failed", "http://127.0.0.1:1/jwks")
     assert "refused" in failure["reason"]
-    assert refused == refusal(503, "The key server cannot be reached.")
+    assert request == refusal(503, "The key server cannot be reached.")
 
 
 def test_what_is_only_wrong_is_no_event(alice: Person, told: Told) -> None:
     for method, path in (("GET", ""), ("GET", "/1"), ("DELETE", "/1"), ("BREW", ""), ("POST", ""), ("OPTIONS", "")):
         ask(alice, method, path)
     assert told() == []
+
+
+def test_in_a_hosts_app_only_the_refused_are_told(
+    database_url: str, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    host = Flask("host")
+    init_app(host, Settings(database_url=database_url, secrets=(SECRET,)))
+    ann = Person(host.test_client(), "ann")
+    assert [ask(ann), ask(ann, Authorization="Bearer x"), ask(ann)] == [200, 401, 200]
+    database(host).close()
+    expected = refusal(401, "The token is malformed.")
+    del expected["duration"]  # which is the host's affair
+    assert told() == [expected]
+    assert [record.getMessage() for record in caplog.records] == ["request"]
 
 
 # What happened
@@ -196,7 +216,7 @@ def test_a_defect_is_answered_with_the_id_it_is_logged_under(
 def test_a_record_that_tells_a_secret_would_be_found(message: str, extra: dict[str, Any], leaks: Leaks) -> None:
     own = Leaks()
     own.secrets = leaks.secrets | {SECRET}
-    own.handle(logging.makeLogRecord({"msg": "refused", "reason": "The token is malformed."}))
+    own.handle(logging.makeLogRecord({"msg": "request", "reason": "The token is malformed."}))
     assert own.found == []
     own.handle(logging.makeLogRecord({"msg": message, **extra}))
     assert len(own.found) == 1
@@ -214,12 +234,11 @@ def test_an_exception_that_tells_a_secret_would_be_found() -> None:
 def test_the_whole_suite_is_read_along(alice: Person, leaks: Leaks) -> None:
     assert leaks in logging.getLogger().handlers
     assert SECRET in leaks.secrets
-    ask(alice, Authorization="")
     handled: list[logging.LogRecord] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(leaks, "emit", handled.append)
         ask(alice, Authorization="")
-    assert "refused" in [record.getMessage() for record in handled]
+    assert [vars(record).get("reason") for record in handled] == ["A bearer token is required."]
 
 
 def test_the_server_writes_each_event_as_a_line_of_json(tmp_path: Path, database_url: str) -> None:
@@ -235,9 +254,9 @@ def test_the_server_writes_each_event_as_a_line_of_json(tmp_path: Path, database
         assert server.ask("DELETE", f"{tasks}/{made['id']}", token=mint(user)).status == 200
         written = server.stderr
     lines = [json.loads(line) for line in written.splitlines()]
-    told = [line for line in lines if line["message"] != "request"]
-    assert [line["message"] for line in told] == ["refused", "refused", "new user", "deleted"]
-    assert [line.get("user") for line in told] == [None, "ben", user, user]
+    told = [line for line in lines if line["message"] != "request" or "reason" in line]
+    assert [line["message"] for line in told] == ["request", "request", "new user", "deleted"]
+    assert [line["user"] for line in told] == [None, "ben", user, user]
     assert {line["client"] for line in told} == {"127.0.0.1"}
     assert len({line["request_id"] for line in told}) == 4
     assert not re.search(f"Buy milk|eyJ|{SECRET}", written)
@@ -245,5 +264,5 @@ def test_the_server_writes_each_event_as_a_line_of_json(tmp_path: Path, database
 
 def test_a_line_for_a_terminal_holds_nothing_that_works_on_terminals() -> None:
     fields = {"user": "a\n12:00:00 ERROR b \x1b[31m\u202e", "status": 401, "route": None}
-    line = ReadableFormatter("%(message)s").format(logging.makeLogRecord({"msg": "refused", **fields}))
-    assert line == "refused user='a\\n12:00:00 ERROR b \\x1b[31m\\u202e' status=401"
+    line = ReadableFormatter("%(message)s").format(logging.makeLogRecord({"msg": "request", **fields}))
+    assert line == "request user='a\\n12:00:00 ERROR b \\x1b[31m\\u202e' status=401"
