@@ -8,7 +8,7 @@ import psycopg_pool
 from flask import Flask
 from flask.cli import AppGroup
 
-from . import auth, db, health, limits, logs, problems, tasks
+from . import auth, db, health, limits, logs, openapi, problems, tasks
 from .config import ConfigError, Settings
 
 __all__ = ["ConfigError", "Settings", "create_app", "init_app"]
@@ -28,6 +28,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     logs.log_requests(app)
     init_app(app, settings)
     health.init_app(app)
+    openapi.init_app(app)
     problems.handle(app)
     return app
 

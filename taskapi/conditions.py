@@ -12,8 +12,11 @@ from .problems import problem
 CACHE_CONTROL = "private, no-cache"
 """Who keeps an answer is its own person only, and asks before using it again."""
 
-_QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])+)"')  # a String of RFC 8941 (§3.3.3)
-_PLAIN = re.compile("[!#-~][!-~]*")
+_QUOTED = r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"'  # a String of RFC 8941 (§3.3.3)
+_PLAIN = "[!#-~][!-~]{0,254}"
+
+KEY = f"^(?:{_QUOTED}|{_PLAIN})$"
+"""An Idempotency-Key."""
 
 
 def tag_headers(tag: bytes) -> dict[str, str]:
@@ -45,11 +48,10 @@ def idempotency_key() -> str | None:
     given = request.headers.get("Idempotency-Key")
     if given is None:
         return None
-    quoted = _QUOTED.fullmatch(given)
-    key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else given
-    if not (quoted or _PLAIN.fullmatch(given)) or len(key) > 255:
+    key = re.fullmatch(KEY, given)
+    if key is None:
         refuse_key("Must have 1 to 255 characters of ASCII, quoted or without a space.")
-    return key
+    return given if key[1] is None else re.sub(r"\\(.)", r"\1", key[1])
 
 
 def refuse_key(detail: str) -> NoReturn:

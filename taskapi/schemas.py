@@ -28,12 +28,19 @@ SORTS = tuple(sign + name for name in ("created_at", "updated_at", "due_at", "pr
 MAX_ERRORS = 20
 """Errors that one answer tells at most, so that a small body cannot ask for a large answer."""
 
-_READ_ONLY = {"id": int, "user_id": str, "created_at": str, "updated_at": str, "completed_at": str}
+READ_ONLY = {"id": int, "user_id": str, "created_at": str, "updated_at": str, "completed_at": str}
+"""Members that the server sets, each with the type that it has in a URL or in JSON."""
+
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # NUL and lone surrogates: PostgreSQL's text has no place for them
 _INSTANT = re.compile(  # what fromisoformat takes beyond this, 24:00 say, depends on Python's version
     r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:[0-5]\d)", re.ASCII
 )
-_NOTHING_TO_SEE = re.compile("[\\s\u200b-\u200f\u2060\ufeff]*")  # \u200b… are no white space, but show nothing
+_BLANK = r"\s\x1c-\x1f\x85\u200b-\u200f\u2060\ufeff"  # the first are white space to Python alone, \u200b… show nothing
+_NOTHING_TO_SEE = re.compile(f"[{_BLANK}]*")
+
+STORABLE = r"^[^\x00]*$"
+VISIBLE = rf"^[^\x00]*[^\x00{_BLANK}][^\x00]*$"
+"""What strings match, as JSON Schema has patterns (ECMA-262): the same as _storable and _visible say."""
 
 
 def storable(value: str) -> bool:
@@ -84,7 +91,7 @@ class _Boolean(fields.Boolean):
         return value
 
 
-class _Instant(fields.String):
+class Instant(fields.String):
     """RFC 3339 (§5.6) with its offset; loaded in UTC."""
 
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> str:
@@ -108,26 +115,36 @@ class TaskSchema(Schema):
     class Meta:
         unknown = RAISE  # a typing error must not pass unseen
 
-    title = _Title(required=True, validate=[_storable, _visible, validate.Length(max=500)])
-    description = fields.String(allow_none=True, load_default=None, validate=[_storable, validate.Length(max=10_000)])
+    title = _Title(
+        required=True,
+        validate=[_storable, _visible, validate.Length(max=500)],
+        metadata={"pattern": VISIBLE, "description": "Outer white space is stripped first."},
+    )
+    description = fields.String(
+        allow_none=True,
+        load_default=None,
+        validate=[_storable, validate.Length(max=10_000)],
+        metadata={"pattern": STORABLE},
+    )
     is_completed = _Boolean(load_default=False)
-    due_at = _Instant(allow_none=True, load_default=None)
+    due_at = Instant(allow_none=True, load_default=None)
     priority = fields.String(load_default="none", validate=validate.OneOf(PRIORITIES))
     tags = fields.List(
-        fields.String(validate=[_storable, _visible, validate.Length(max=50)]),
+        fields.String(validate=[_storable, _visible, validate.Length(max=50)], metadata={"pattern": VISIBLE}),
         load_default=list,
         validate=[validate.Length(max=20), _distinct],
+        metadata={"default": [], "uniqueItems": True},
     )
 
 
-class _Flag(fields.Field[bool]):
+class _Flag(fields.Boolean):
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> bool:
         if value not in ("true", "false"):
             raise ValidationError("Must be true or false.")
         return bool(value == "true")
 
 
-class _Limit(fields.Field[int]):
+class _Limit(fields.Integer):
     def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> int:
         if not (re.fullmatch("[1-9][0-9]{0,3}", value) and int(value) <= MAX_TASKS):
             raise ValidationError(f"Must be a number from 1 to {MAX_TASKS}.")
@@ -135,27 +152,45 @@ class _Limit(fields.Field[int]):
 
 
 class FilterSchema(Schema):
-    """The parameters that choose tasks: what passes every one of them."""
+    """The parameters that choose tasks: what passes every one of them that is given."""
 
     class Meta:
         unknown = RAISE
 
-    is_completed = _Flag(load_default=None)
-    priority = fields.List(fields.String(validate=validate.OneOf(PRIORITIES)), load_default=None)
-    tag = fields.List(fields.String(validate=[_storable, validate.Length(1, 50)]), load_default=None)
-    due_before = _Instant(load_default=None)
-    due_after = _Instant(load_default=None)
-    updated_since = _Instant(load_default=None)
-    q = fields.String(load_default=None, validate=[_storable, _visible, validate.Length(max=200)])
+    is_completed = _Flag(metadata={"description": "Completed tasks, or open ones."})
+    priority = fields.List(
+        fields.String(validate=validate.OneOf(PRIORITIES)),
+        metadata={"description": "Tasks of any of these priorities."},
+    )
+    tag = fields.List(
+        fields.String(validate=[_storable, validate.Length(1, 50)], metadata={"pattern": STORABLE}),
+        metadata={"description": "Tasks with all of these tags."},
+    )
+    due_before = Instant(metadata={"description": "Tasks that are due before."})
+    due_after = Instant(metadata={"description": "Tasks that are due after."})
+    updated_since = Instant(metadata={"description": "Tasks that were changed then or later."})
+    q = fields.String(
+        validate=[_storable, _visible, validate.Length(max=200)],
+        metadata={
+            "pattern": VISIBLE,
+            "description": "Tasks with every word in title, description or tags, whatever its case and accents.",
+        },
+    )
 
 
 class ListSchema(FilterSchema):
     """The parameters of a list."""
 
-    sort = fields.String(load_default=None, validate=validate.OneOf(SORTS))
-    limit = _Limit(load_default=MAX_TASKS)
-    cursor = fields.String(load_default=None)
-    count = _Flag(load_default=None)
+    sort = fields.String(
+        validate=validate.OneOf(SORTS),
+        metadata={"description": "The order, `-` for descending, nulls last; the oldest first without it."},
+    )
+    limit = _Limit(
+        load_default=MAX_TASKS,
+        metadata={"minimum": 1, "maximum": MAX_TASKS, "description": "How many tasks a page has."},
+    )
+    cursor = fields.String(metadata={"description": "Where a page begins: only as it stands in `Link`."})
+    count = _Flag(metadata={"description": "Whether to answer `X-Total-Count`."})
 
 
 TASK = TaskSchema()
@@ -191,7 +226,7 @@ def load(schema: Schema) -> dict[str, Any]:
 
 def load_parameters(schema: Schema) -> dict[str, Any]:
     """The request's query, checked: no unknown parameter, none twice but for those that may be, none with a value that
-    breaks a rule (else 422)."""
+    breaks a rule (else 422). What is not given is None, unless it has a default."""
     if not request.query_string:
         return _defaults(schema).copy()
     query = request.query_string.decode(errors="replace")  # werkzeug's own args keep what is not UTF-8 percent-encoded
@@ -202,7 +237,7 @@ def load_parameters(schema: Schema) -> dict[str, Any]:
     errors |= {name: ["Is not UTF-8."] for name, values in given.items() if "\ufffd" in "".join([name, *values])}
     try:
         one = {name: values if name in _REPEATABLE else values[0] for name, values in given.items()}
-        loaded: dict[str, Any] = schema.load(one)
+        loaded = _loaded(schema, one)
     except ValidationError as error:
         errors = error.messages_dict | errors
     if errors:
@@ -213,8 +248,12 @@ def load_parameters(schema: Schema) -> dict[str, Any]:
 @functools.cache
 def _defaults(schema: Schema) -> dict[str, Any]:
     """What the plain list asks for: it is the most frequent request."""
-    defaults: dict[str, Any] = schema.load({})
-    return defaults
+    return _loaded(schema, {})
+
+
+def _loaded(schema: Schema, given: dict[str, Any]) -> dict[str, Any]:
+    loaded: dict[str, Any] = schema.load(given)
+    return dict.fromkeys(schema.fields) | loaded
 
 
 def refuse_parameters(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> NoReturn:
@@ -264,11 +303,11 @@ def _checked_one(schema: Schema, task: Any) -> dict[str, Any]:
     if not isinstance(task, dict):
         raise ValidationError("Must be a JSON object.")
     url = request.view_args or {}
-    read_only = {name: task.pop(name) for name in _READ_ONLY if name in task}
+    read_only = {name: task.pop(name) for name in READ_ONLY if name in task}
     errors: dict[str, Any] = {
         name: ["Contradicts the URL."]
         for name, value in read_only.items()
-        if name in url and (type(value), str(value)) != (_READ_ONLY[name], url[name])
+        if name in url and (type(value), str(value)) != (READ_ONLY[name], url[name])
     }
     try:
         loaded: dict[str, Any] = schema.load(task)
