@@ -23,32 +23,22 @@ Json = dict[str, Any]
 VERSION = "0.1.0"
 
 DESCRIPTION = f"""\
-Every answer of a 2xx is a task or an array of tasks; every error is a problem (RFC 9457).
+Tasks, each person's own. Every answer of a 2xx is a task or an array of tasks, every error a problem (RFC 9457).
 
 A method that is not told here is 405, and `Allow` names those that are. What is no HTTP, or has too large a head, is
 refused as 400, 431 or 501 before it is anybody's request. A body may have {MAX_BODY:,} bytes, an array {MAX_BULK:,}.
 """
 
-EXAMPLE: Json = {
-    "id": 7,
-    "user_id": "me",
-    "title": "Buy milk",
-    "description": None,
-    "is_completed": False,
-    "created_at": "2026-11-21T01:44:39.663396+00:00",
-    "updated_at": "2026-11-21T01:44:39.663396+00:00",
-    "due_at": None,
-    "priority": "none",
-    "tags": [],
-    "completed_at": None,
-}
+EXAMPLE = {
+    "id": 7, "user_id": "me", "title": "Buy milk", "description": None, "is_completed": False,
+    "created_at": "2026-11-21T01:44:39.663396+00:00", "updated_at": "2026-11-21T01:44:39.663396+00:00",
+    "due_at": None, "priority": "none", "tags": [], "completed_at": None,
+}  # fmt: skip
+"""A task, with its members in the order in which they are answered."""
 
 TEXT: Json = {"type": "string"}
-COUNT: Json = {"type": "integer", "minimum": 0}
-SECONDS: Json = {"type": "integer", "minimum": 1}
 INSTANT: Json = {"type": "string", "format": "date-time"}
 ID: Json = {"type": "integer", "format": "int64", "minimum": 1, "maximum": 2**63 - 1}
-
 GIVEN: dict[str, Json] = {
     "id": ID,
     "user_id": {**TEXT, "minLength": 1},
@@ -56,8 +46,14 @@ GIVEN: dict[str, Json] = {
     "updated_at": {**INSTANT, "description": "Grows with every change."},
     "completed_at": {**INSTANT, "type": ["string", "null"]},
 }
-"""The members of a task that the server sets."""
+"""The members that the server sets."""
 
+ERROR = {
+    "pointer": {**TEXT, "description": "Where in the body: a JSON Pointer as a URI fragment."},
+    "parameter": {**TEXT, "description": "Which parameter of the query."},
+    "header": {**TEXT, "description": "Which header."},
+    "detail": TEXT,
+}
 PROBLEM: Json = {
     "type": "object",
     "required": ["type", "title", "status", "detail"],
@@ -66,20 +62,7 @@ PROBLEM: Json = {
         "title": {**TEXT, "description": "The status's own phrase."},
         "status": {"type": "integer", "minimum": 400, "maximum": 599},
         "detail": TEXT,
-        "errors": {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["detail"],
-                "properties": {
-                    "pointer": {**TEXT, "description": "Where in the body: a JSON Pointer as a URI fragment."},
-                    "parameter": {**TEXT, "description": "Which parameter of the query."},
-                    "header": {**TEXT, "description": "Which header."},
-                    "detail": TEXT,
-                },
-            },
-        },
+        "errors": {"type": "array", "items": {"type": "object", "required": ["detail"], "properties": ERROR}},
         "request_id": {**TEXT, "description": "What finds the defect in the server's log."},
     },
 }
@@ -87,8 +70,8 @@ PROBLEM: Json = {
 PARAMETERS: dict[str, tuple[str, str, Json]] = {
     "user_id": ("path", "The token's own user, percent-encoded.", {**GIVEN["user_id"], "examples": ["me"]}),
     "id": ("path", "The task's.", {**ID, "examples": [7]}),
-    "If-Match": ("header", "Change nothing unless it is in the state that has this `ETag`: else 412.", TEXT),
-    "If-None-Match": ("header", "Answer 304 if it still is in the state that has this `ETag`.", TEXT),
+    "If-Match": ("header", "Change nothing, answer 412, unless the `ETag` still is one of these.", TEXT),
+    "If-None-Match": ("header", "Answer 304 if the `ETag` still is one of these.", TEXT),
     "Idempotency-Key": (
         "header",
         "The request may be repeated for 24 hours with this key: it gets the first answer again.",
@@ -99,32 +82,40 @@ PARAMETERS: dict[str, tuple[str, str, Json]] = {
 
 HEADERS: dict[str, tuple[str, Json]] = {
     "Cache-Control": ("Only its own person may keep it, and asks before using it again.", TEXT),
-    "ETag": ("The state: the task's, or that of everything the user has.", {**TEXT, "pattern": '^"[^"]+"$'}),
+    "ETag": ("The state of the task; with a list that of everything the user has.", {**TEXT, "pattern": '^"[^"]+"$'}),
     "Link": ('The next page, while there is one: `<…>; rel="next"`.', TEXT),
     "Location": ("The new task's path.", {**TEXT, "format": "uri-reference"}),
     "RateLimit": ("What is left, and for how many seconds.", TEXT),
     "RateLimit-Policy": ("How many requests in how many seconds.", TEXT),
-    "Retry-After": ("Seconds after which to try again.", SECONDS),
+    "Retry-After": ("Seconds after which to try again.", {"type": "integer", "minimum": 1}),
     "WWW-Authenticate": ("`Bearer`, and what is wrong with the token.", TEXT),
     "X-Request-ID": ("The request's id, as the log has it.", TEXT),
-    "X-Total-Count": ("How many tasks there are on all pages, if that was asked for.", COUNT),
+    "X-Total-Count": ("How many tasks there are on all pages, if that was asked for.", {"type": "integer"}),
 }
+TAGGED = ("ETag", "Cache-Control")
 
-PROBLEMS: dict[int, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
-    400: ("The body is not JSON: strict UTF-8, no NaN, no member twice.", (), ()),
-    401: ("There is no valid token.", ("WWW-Authenticate",), ()),
-    403: ("The token is good, but its user is not the one of the URL.", (), ()),
-    404: ("There is no such task.", (), ()),
-    412: ("It was changed since it was read. Nothing was changed now.", (), ()),
-    413: ("The body is too large.", (), ()),
-    415: ("The body is not `application/json`.", (), ()),
-    422: ("A rule is broken; `errors` says where.", (), ("errors",)),
-    429: ("Too many requests.", ("Retry-After", "RateLimit", "RateLimit-Policy"), ()),
-    500: ("A defect.", (), ("request_id",)),
-    503: ("The database, or the key server, cannot answer; `detail` says if a change may have happened.",
-          ("Retry-After",), ()),
-}  # fmt: skip
+PROBLEMS: dict[int, tuple[str, tuple[str, ...], list[str]]] = {
+    400: ("The body is not JSON: strict UTF-8, no NaN, no member twice.", (), []),
+    401: ("There is no valid token.", ("WWW-Authenticate",), []),
+    403: ("The token is good, but its user is not the one of the URL.", (), []),
+    404: ("There is no such task.", (), []),
+    412: ("It was changed since it was read. Nothing was changed now.", (), []),
+    413: ("The body is too large.", (), []),
+    415: ("The body is not `application/json`.", (), []),
+    422: ("A rule is broken; `errors` says where.", (), ["errors"]),
+    429: ("Too many requests.", ("Retry-After", "RateLimit", "RateLimit-Policy"), []),
+    500: ("A defect.", (), ["request_id"]),
+    503: ("It cannot be answered now; `detail` says whether a change may have happened.", ("Retry-After",), []),
+}
 """What each status means, its headers, and what its problem has beside the usual members."""
+
+
+def _ref(kind: str, name: str) -> Json:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _array(of: Json) -> Json:
+    return {"type": "array", "maxItems": MAX_TASKS, "items": of}
 
 
 def _headers(*names: str) -> Json:
@@ -136,9 +127,8 @@ def _headers(*names: str) -> Json:
     return told
 
 
-def _answer(description: str, schema: Json, *headers: str, **media: Any) -> Json:
-    content = {"application/json": {"schema": schema, **media}}
-    return {"description": description, "headers": _headers(*headers), "content": content}
+def _answer(description: str, schema: Json, *headers: str, media_type: str = "application/json") -> Json:
+    return {"description": description, "headers": _headers(*headers), "content": {media_type: {"schema": schema}}}
 
 
 def _body(schema: Json, required: bool = True, **examples: Any) -> Json:
@@ -146,91 +136,82 @@ def _body(schema: Json, required: bool = True, **examples: Any) -> Json:
     return {"required": required, "content": {"application/json": {"schema": schema, "examples": told}}}
 
 
-def _problems(*statuses: int) -> Json:
-    """What may go wrong with one operation, and with all."""
-    return {str(status): _name(status) for status in sorted({401, 403, 429, 500, 503, *statuses})}
+def _others(*statuses: int) -> Json:
+    """What else is answered: by one operation, and by all."""
+    return {str(status): _ref("responses", _name(status)) for status in sorted({401, 403, 429, 500, 503, *statuses})}
 
 
 def _name(status: int) -> str:
     return HTTPStatus(status).phrase.title().replace(" ", "")
 
 
-def _health(summary: str, status: str) -> Json:
+def _health(summary: str, status: str, **others: Json) -> Json:
     schema = {"type": "object", "required": ["status"], "properties": {"status": {"const": status}}}
-    return {"summary": summary, "tags": ["health"], "security": [], "responses": {"200": _answer("Yes.", schema)}}
+    return {
+        "summary": summary,
+        "tags": ["health"],
+        "security": [],
+        "responses": {"200": _answer("Yes.", schema), **others},
+    }
 
 
-TAGGED = ("ETag", "Cache-Control")
-ONE: Json = {"$ref": "#/components/schemas/Task"}
-SEVERAL: Json = {"type": "array", "maxItems": MAX_TASKS, "items": ONE}
-NEW: Json = {"$ref": "#/components/schemas/NewTask"}
-CHANGED: Json = {"$ref": "#/components/schemas/TaskChanges"}
-STATED: Json = {"$ref": "#/components/schemas/TaskState"}
+ONE, NEW = _ref("schemas", "Task"), _ref("schemas", "NewTask")
+PAINT = {"title": "Paint"}
+SAIL = {"title": "Sail", "due_at": "2026-12-24T18:00:00+01:00", "priority": "high", "tags": ["boat"]}
 
 OPERATIONS: dict[Callable[..., Response], Json] = {
     tasks.list_tasks: {
         "summary": "List the tasks, oldest first",
         "parameters": [{"in": "query", "schema": LIST}, "If-None-Match"],
         "responses": {
-            "200": _answer("A page of tasks.", SEVERAL, *TAGGED, "Link?", "X-Total-Count?"),
-            "304": "NotModified",
-            **_problems(422),
+            "200": _answer("A page of tasks.", _array(ONE), *TAGGED, "Link?", "X-Total-Count?"),
+            **_others(304, 422),
         },
     },
     tasks.create_task: {
-        "summary": "Create a task, or all or none of several",
+        "summary": "Create a task, or several: all or none",
         "parameters": ["Idempotency-Key"],
-        "requestBody": _body(
-            {"oneOf": [NEW, {"type": "array", "maxItems": MAX_TASKS, "items": NEW}]},
-            one={"title": "Buy milk"},
-            several=[{"title": "Paint"}, {"title": "Sail", "due_at": "2026-12-24T18:00:00+01:00", "tags": ["boat"]}],
-        ),
+        "requestBody": _body({"oneOf": [NEW, _array(NEW)]}, one={"title": "Buy milk"}, several=[PAINT, SAIL]),
         "responses": {
             "201": _answer(
-                "The new task, or an array of them in the same order. The headers come with the one.",
-                {"oneOf": [ONE, SEVERAL]},
+                "The new task, with these headers; or an array in the same order, without.",
+                {"oneOf": [ONE, _array(ONE)]},
                 *("Location?", "ETag?", "Cache-Control?"),
             ),
-            **_problems(400, 413, 415, 422),
+            **_others(400, 413, 415, 422),
         },
     },
     tasks.delete_tasks: {
-        "summary": "Delete the tasks that the parameters choose: at least one must be given",
+        "summary": "Delete the tasks that the parameters choose: there must be one",
         "parameters": [{"in": "query", "schema": FILTER}, "If-Match"],
-        "responses": {"200": _answer("The tasks as they were.", SEVERAL), **_problems(412, 422)},
+        "responses": {"200": _answer("The tasks as they were.", _array(ONE)), **_others(412, 422)},
     },
     tasks.get_task: {
         "summary": "Get a task",
         "parameters": ["If-None-Match"],
-        "responses": {"200": _answer("The task.", ONE, *TAGGED), "304": "NotModified", **_problems(404)},
+        "responses": {"200": _answer("The task.", ONE, *TAGGED), **_others(304, 404)},
     },
     tasks.update_task: {
         "summary": "Change what the body names, keep the rest",
         "parameters": ["If-Match"],
-        "requestBody": _body(CHANGED, some={"description": "Two litres", "due_at": None}, all=EXAMPLE),
-        "responses": {
-            "200": _answer("The task, changed.", ONE, *TAGGED),
-            **_problems(400, 404, 412, 413, 415, 422),
-        },
+        "requestBody": _body(_ref("schemas", "TaskChanges"), some={"description": "2 l", "due_at": None}, all=EXAMPLE),
+        "responses": {"200": _answer("The task, changed.", ONE, *TAGGED), **_others(400, 404, 412, 413, 415, 422)},
     },
     tasks.delete_task: {
         "summary": "Delete a task",
         "parameters": ["If-Match"],
-        "responses": {"200": _answer("The task as it was.", ONE, *TAGGED), **_problems(404, 412)},
+        "responses": {"200": _answer("The task as it was.", ONE, *TAGGED), **_others(404, 412)},
     },
     tasks.complete_task: {
         "summary": "Turn a task's state over, or set it: that is safe to retry",
         "parameters": ["If-Match"],
-        "requestBody": _body(STATED, required=False, completed={"is_completed": True}),
-        "responses": {
-            "200": _answer("The task in its new state.", ONE, *TAGGED),
-            **_problems(400, 404, 412, 413, 415, 422),
-        },
+        "requestBody": _body(_ref("schemas", "TaskState"), required=False, completed={"is_completed": True}),
+        "responses": {"200": _answer("The task, changed.", ONE, *TAGGED), **_others(400, 404, 412, 413, 415, 422)},
     },
     health.livez: _health("Does the process answer?", "alive"),
-    health.readyz: _health("Can requests be served?", "ready"),
+    health.readyz: _health("Can requests be served?", "ready", **{"503": _ref("responses", _name(503))}),
 }
-"""What each view does. Names stand for what `components` has of that name."""
+"""What each view does."""
 
 
 def document(app: Flask) -> Json:
@@ -241,22 +222,17 @@ def document(app: Flask) -> Json:
     except ImportError:
         raise ConfigError("the OpenAPI document needs apispec: install taskapi[docs]") from None
     plugin = MarshmallowPlugin()
-    info = {"description": DESCRIPTION}
-    spec = APISpec("taskapi", VERSION, "3.1.0", [plugin], info=info, security=[{"bearer": []}])
-    spec.components.security_scheme("bearer", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"})
+    options = {"info": {"description": DESCRIPTION}, "security": [{"bearer": []}]}
+    spec = APISpec("taskapi", VERSION, "3.1.0", [plugin], **options)
     converter: Any = plugin.converter
     converter.map_to_openapi_type(Instant, "string", "date-time")
+    spec.components.security_scheme("bearer", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"})
     for name, schema in _schemas(converter.schema2jsonschema).items():
         spec.components.schema(name, schema)
     for name, (where, description, schema) in PARAMETERS.items():
         spec.components.parameter(name, where, {"description": description, "schema": schema})
-    for status, (description, headers, members) in PROBLEMS.items():
-        problem: Json = {"$ref": "#/components/schemas/Problem"}
-        schema = {"allOf": [problem, {"required": [*members]}]} if members else problem
-        content = {"application/problem+json": {"schema": schema}}
-        told = {"description": description, "headers": _headers(*headers), "content": content}
-        spec.components.response(_name(status), told)
-    spec.components.response("NotModified", {"description": "Nothing is new.", "headers": _headers(*TAGGED)})
+    for name, response in _responses().items():
+        spec.components.response(name, response)
     for rule in app.url_map.iter_rules():
         view = app.view_functions[rule.endpoint]
         if view in OPERATIONS:
@@ -275,16 +251,20 @@ def _schemas(converted: Callable[[Schema], Json]) -> dict[str, Json]:
     every = changes["properties"] | {name: {**schema, "readOnly": True} for name, schema in GIVEN.items()}
     for body in (new, changes, state):
         body["properties"] |= {name: {"readOnly": True} for name in READ_ONLY}
-    changes["anyOf"] = [{"required": [name]} for name in CHANGES.fields]
+    changes["not"] = {"propertyNames": {"enum": [*READ_ONLY]}}  # something to change is named
     state["required"] = [*STATE.fields]
     task = {"type": "object", "required": [*EXAMPLE], "properties": {name: every[name] for name in EXAMPLE}}
-    return {
-        "Task": {**task, "examples": [EXAMPLE]},
-        "NewTask": new,
-        "TaskChanges": changes,
-        "TaskState": state,
-        "Problem": PROBLEM,
-    }
+    bodies = {"NewTask": new, "TaskChanges": changes, "TaskState": state}
+    return {"Task": {**task, "examples": [EXAMPLE]}, **bodies, "Problem": PROBLEM}
+
+
+def _responses() -> dict[str, Json]:
+    told = {_name(304): {"description": "Nothing is new.", "headers": _headers(*TAGGED)}}
+    problem = _ref("schemas", "Problem")
+    for status, (description, headers, members) in PROBLEMS.items():
+        schema = {"allOf": [problem, {"required": members}]} if members else problem
+        told[_name(status)] = _answer(description, schema, *headers, media_type="application/problem+json")
+    return told
 
 
 def init_app(app: Flask) -> None:
