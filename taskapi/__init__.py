@@ -8,7 +8,7 @@ import psycopg_pool
 from flask import Flask
 from flask.cli import AppGroup
 
-from . import auth, db, health, limits, logs, openapi, problems, tasks
+from . import auth, db, docs, health, limits, logs, openapi, problems, tasks
 from .config import ConfigError, Settings
 
 __all__ = ["ConfigError", "Settings", "create_app", "init_app"]
@@ -24,11 +24,14 @@ class App(Flask):
 
 def create_app(settings: Settings | None = None) -> Flask:
     """The API as an app of its own, by `settings` or else by the environment."""
+    settings = settings or Settings.from_env(os.environ)
     app = App(__name__, static_folder=None)
     logs.log_requests(app)
     init_app(app, settings)
     health.init_app(app)
-    openapi.init_app(app)
+    if settings.docs:
+        openapi.init_app(app)
+        docs.init_app(app)
     problems.handle(app)
     return app
 

@@ -52,6 +52,7 @@ class Settings:
     web_concurrency: int = 1
     trusted_proxy: str | None = None
     metrics: tuple[str, int] | None = None
+    docs: bool = True
 
     def __post_init__(self) -> None:
         for check in (self._check_secrets, self._check_urls, self._check_limits, self._check_server):
@@ -161,6 +162,12 @@ def _address(value: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _switch(value: str) -> bool:
+    if value not in ("on", "off"):
+        raise ConfigError("DOCS is neither on nor off")
+    return value == "on"
+
+
 def _is_text(value: str) -> bool:
     """Whether the bytes that the environment brought were UTF-8; Python keeps others as lone surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in value)
@@ -193,6 +200,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "CORS_ORIGINS": ("cors_origins", _names),
     "TRUSTED_PROXY": ("trusted_proxy", str),
     "METRICS": ("metrics", _address),
+    "DOCS": ("docs", _switch),
     "HOST": ("host", str),
     "PORT": ("port", _number("PORT", "choose one from 0 (any free one) to 65535")),
     "WEB_CONCURRENCY": ("web_concurrency", _number("WEB_CONCURRENCY", "set how many processes serve, from 1 to 64")),

@@ -31,7 +31,7 @@ from waitress.server import TcpWSGIServer
 from waitress.task import ErrorTask, WSGITask
 from waitress.utilities import build_http_date
 
-from . import auth, create_app, local, logs, metrics, problems
+from . import auth, create_app, docs, local, logs, metrics, problems
 from .config import ConfigError, Settings
 from .cores import Cores
 from .db import Database, database
@@ -533,13 +533,15 @@ def main(folder: Path) -> None:
             sock = stack.enter_context(listen(settings.host, settings.port))
             url = f"http://{_authority(sock)}"
             hello = f"taskapi listens on {url}"
-            if settings.database_url is None:
+            is_tryout = settings.database_url is None
+            if is_tryout:
                 settings = local.complete(settings, folder)
                 stack.enter_context(local.Cluster(folder).running())
                 Database(settings.database_url).migrate()
                 hello = _try_out(url, folder, settings)
             create_app(settings)  # whatever is wrong with the settings is said now, and once
-            jobs: list[Job] = [functools.partial(serve, settings, sock)] * settings.web_concurrency
+            serves = functools.partial(serve, settings, sock, is_tryout=is_tryout)
+            jobs: list[Job] = [serves] * settings.web_concurrency
             if settings.metrics:
                 stack.enter_context(metrics.folder())
                 jobs.append(functools.partial(answer_scrapes, metrics.server(*settings.metrics)))
@@ -548,7 +550,7 @@ def main(folder: Path) -> None:
                 raise SystemExit
             click.echo(hello)
             if len(jobs) == 1:
-                serve(settings, sock)
+                serves(None)
             else:
                 supervise(jobs, sock)
     except ConfigError as error:
@@ -557,11 +559,15 @@ def main(folder: Path) -> None:
         _on_end(signal.SIG_IGN)  # whoever insists now only spoils the status
 
 
-def serve(settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] | None = None) -> None:
+def serve(
+    settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] | None = None, is_tryout: bool = False
+) -> None:
     """Serves in this process until it is told to end, or `goes_on`, which one of several has, says no."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     app = create_app(settings)
+    if is_tryout:
+        docs.add_front_page(app)
     server = Server(app, sock, settings.trusted_proxy)
     _on_end(server.stop)
     if settings.metrics:

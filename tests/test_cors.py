@@ -21,6 +21,7 @@ from werkzeug.test import TestResponse
 import taskapi
 from taskapi import ConfigError, Settings, create_app
 from taskapi.db import database
+from tests.chromium import CHROMIUM
 from tests.issuers import better_auth, install_better_auth
 from tests.people import SECRET, Answer, Person, assert_problem, mint
 from tests.processes import TIMEOUT, copied, environment, serving, started
@@ -264,17 +265,6 @@ def test_a_host_that_answers_by_itself_is_left_its_answer(host: Flask) -> None:
 
 # In a browser
 
-CHROMIUM = [
-    "chromium",
-    "--headless",
-    "--no-sandbox",  # which refuses root
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 PAGE = Path(__file__).parent / "browser" / "page.html"
 
 
