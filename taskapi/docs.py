@@ -29,9 +29,9 @@ _HOST = re.compile(r"(?:[a-z0-9][a-z0-9._-]{0,252}|\[[0-9a-f:.]{2,45}\])(?::[0-9
 
 
 def init_app(app: Flask) -> None:
-    """Adds `/docs`, where the extra `docs` is installed."""
+    """Adds `/docs` to an app that has `/openapi.json`, if the extra `docs` is installed."""
     spec = importlib.util.find_spec("flask_swagger_ui")
-    if spec is None or spec.origin is None:
+    if spec is None or spec.origin is None or "openapi" not in app.view_functions:
         return
     ours = Path(__file__).parent / "static"
     folders = {**dict.fromkeys(OURS, ours), **dict.fromkeys(THEIRS, Path(spec.origin).parent / "dist")}
@@ -63,7 +63,7 @@ def add_front_page(app: Flask) -> None:
 
 def _page(response: Response, policy: str) -> Response:
     response.headers.update({**HARDENED, "Content-Security-Policy": policy})
-    response.headers.pop("Date", None)  # a file's answer has one; every server adds its own
+    response.headers.pop("Date", None)  # a file's has one; every server adds its own
     return response
 
 

@@ -276,6 +276,8 @@ def init_app(app: Flask) -> None:
     def openapi() -> BaseResponse:
         response = Response(body, mimetype="application/json", headers={"Cache-Control": "no-cache"})
         response.add_etag()
-        return response.make_conditional(request)
+        answer = response.make_conditional(request)
+        answer.headers.pop("Date", None)  # every server adds its own
+        return answer
 
     app.add_url_rule("/openapi.json", view_func=openapi)

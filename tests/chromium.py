@@ -89,10 +89,11 @@ class Tab:
         self.evaluate(f"{element}.click()")
 
     def type(self, element: str, text: str) -> None:
-        """Puts text in place of what is in the field that the expression finds."""
+        """Puts text in place of what is in the field that the expression finds, and leaves the field."""
         self.wait_for(element)
         self.evaluate(f"(field => {{ field.focus(); field.select() }})({element})")
         self.call("Input.insertText", text=text)
+        self.evaluate("document.activeElement.blur()")  # some forms take note only then
 
 
 @contextlib.contextmanager

@@ -142,6 +142,7 @@ def test_the_configuration_table_is_that_of_the_code() -> None:
     assert defaults["RATE_LIMIT_REFUSED"] == [plain.rate_limit_refused]
     assert defaults["RATE_LIMIT_STORAGE"] == [plain.rate_limit_storage]
     assert defaults["WEB_CONCURRENCY"] == [str(plain.web_concurrency)]
+    assert defaults["DOCS"][0] == ("on" if plain.docs else "off")
 
 
 def test_every_variable_of_the_example_is_one_that_is_read(checkout: Path) -> None:

@@ -60,6 +60,9 @@ def answers(client: FlaskClient) -> list[tuple[int, bytes, dict[str, str]]]:
     requests = [
         ("GET", "/"),
         ("GET", "/nope"),
+        ("GET", "/docs"),
+        ("GET", "/docs/docs.js"),
+        ("GET", "/openapi.json"),
         ("GET", "/api"),
         ("GET", "/api/nope"),
         ("GET", "/api/health"),

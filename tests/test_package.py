@@ -68,11 +68,12 @@ def assert_serve_a_crowd(*urls: str) -> None:
         assert sorted(titles(url, user)) == expected
 
 
-def test_the_wheel_holds_the_package_its_sql_and_nothing_else(site: Path) -> None:
+def test_the_wheel_holds_the_package_its_sql_its_pages_and_nothing_else(site: Path) -> None:
     files = {str(path) for path in Distribution.at(next(site.glob("*.dist-info"))).files or ()}
     package = {path for path in files if ".dist-info/" not in path and "__pycache__" not in path}
     tree = {f"taskapi/{path.relative_to(CHECKOUT)}" for path in (CHECKOUT / "sql").rglob("*.sql")}
-    tree |= {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "taskapi").glob("*.py")}
+    for pattern in ("*.py", "static/*", "templates/*"):
+        tree |= {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "taskapi").glob(pattern)}
     assert package == tree | {"taskapi/py.typed"}
 
 

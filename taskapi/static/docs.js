@@ -9,6 +9,5 @@ SwaggerUIBundle({
   dom_id: "#docs",
   validatorUrl: null, // would show the document to another host
   persistAuthorization: false,
-  queryConfigEnabled: false, // a link must not choose another document
   deepLinking: true,
 });
