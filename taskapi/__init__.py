@@ -6,9 +6,8 @@ from typing import Any
 
 import psycopg_pool
 from flask import Flask
-from flask.cli import AppGroup
 
-from . import auth, db, docs, health, limits, logs, openapi, problems, tasks
+from . import auth, commands, db, docs, health, limits, logs, openapi, problems, tasks
 from .config import ConfigError, Settings
 
 __all__ = ["ConfigError", "Settings", "create_app", "init_app"]
@@ -55,7 +54,4 @@ def init_app(
     app.url_map.converters.update(taskapi_user=tasks.UserId, taskapi_id=tasks.TaskId)
     app.extensions["taskapi.cors_origins"] = settings.cors_origins
     app.register_blueprint(tasks.bp, url_prefix=url_prefix)
-    commands = AppGroup("taskapi", help="Look after the tasks.")
-    commands.add_command(db.migrate_command)
-    commands.add_command(auth.token_command)
-    app.cli.add_command(commands)
+    app.cli.add_command(commands.group)

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import click
 import jwt
 from flask import Flask, Response, current_app, g, request
-from flask.cli import with_appcontext
 from flask_jwt_extended import JWTManager, create_access_token
 
 from .config import ConfigError, Settings
@@ -164,9 +162,14 @@ class Guard:
             value = _find(claims, path)
             if value is not _MISSING:
                 break
-        if not isinstance(value, str) or not storable(value) or not 1 <= len(value.encode()) <= MAX_USER_ID:
+        if not isinstance(value, str) or not is_user_id(value):
             raise InvalidToken("The token names no user.")
         return value
+
+
+def is_user_id(value: str) -> bool:
+    """Whether anybody can have that id: 1 to MAX_USER_ID bytes of what PostgreSQL can store."""
+    return storable(value) and 1 <= len(value.encode()) <= MAX_USER_ID
 
 
 def guard() -> Response | None:
@@ -297,22 +300,6 @@ def _text(claims: dict[str, Any], name: str) -> str | None:
     return None
 
 
-class _Duration(click.ParamType[timedelta]):
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
-        if isinstance(value, timedelta):
-            return value
-        if match := re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", value):
-            return timedelta(**{_UNITS[match[2]]: int(match[1])})
-        raise click.BadParameter(
-            f"{value!r} is not a number of seconds, minutes, hours or days: 90s, 15m, 1h, 7d", ctx, param
-        )
-
-
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
-
-
 def issue(settings: Settings, user_id: str, expires: timedelta, email: str | None = None) -> str:
     """A token that this API takes, signed with the newest secret."""
     signer = Flask("taskapi.signer")  # flask-jwt-extended keeps its settings on an app, and the host's are its own
@@ -325,16 +312,3 @@ def issue(settings: Settings, user_id: str, expires: timedelta, email: str | Non
         claims = {"email": email} if email else None
         token: str = create_access_token(user_id, expires_delta=expires, additional_claims=claims)
     return token
-
-
-@click.command("token")
-@click.argument("user")
-@click.option("--email", help="The person's address, kept with the first task.")
-@click.option("--expires", type=_Duration(), default="1h", show_default=True, help="90s, 15m, 1h, 7d")
-@with_appcontext
-def token_command(user: str, email: str | None, expires: timedelta) -> None:
-    """Print a token for USER, for ops scripts and trials."""
-    settings: Settings = current_app.extensions["taskapi.guard"].settings
-    if not settings.secrets:
-        raise click.ClickException("BETTER_AUTH_SECRET is not set: only your issuer can make tokens")
-    click.echo(issue(settings, user, expires, email))

@@ -7,16 +7,16 @@ import logging
 import select
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, cast
 
-import click
 import psycopg
 import psycopg_pool
 from flask import Flask, abort, current_app, g
-from flask.cli import with_appcontext
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
+from psycopg.rows import TupleRow, tuple_row
 
 from . import pipeline
 from .config import ConfigError
@@ -97,6 +97,14 @@ def without(text: bytes, absent: tuple[str, ...]) -> bytes:
     return text
 
 
+def planned(name: str, params: dict[str, Any], by_values: bool) -> list[bytes]:
+    """What carries out sql/{name}.sql after begin_as_user.sql: with a plan made for these values, or with the one that
+    is kept for all values of the parameters that are given."""
+    if by_values:
+        return [statement("plan_by_values"), statement(name)]
+    return [without(statement(name), tuple(one for one, value in params.items() if value is None))]
+
+
 @functools.cache
 def migrations() -> dict[str, bytes]:
     """Each migration's name and text, in the order in which they are applied."""
@@ -151,7 +159,7 @@ class Database:
             if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "first_answers_pkey":
                 return None
             detail = self._meaning(error, is_read)
-            about = {"request_id": request_id(), "statement": name, "reason": _first_line(error)}
+            about = {"request_id": request_id(), "statement": name, "reason": first_line(error)}
             log.error("the database does not answer", extra=about)
             abort(unavailable(detail))
         finally:
@@ -182,11 +190,7 @@ class Database:
             if not self._schema_is_current:
                 self._check_schema(conn)
             left = DEADLINE - (time.monotonic() - started)
-            if by_values:
-                texts = [statement("plan_by_values"), statement(name)]
-            else:
-                texts = [without(statement(name), tuple(one for one, value in params.items() if value is None))]
-            result = pipeline.run(conn, [statement("begin_as_user"), *texts], params, left)
+            result = pipeline.run(conn, [statement("begin_as_user"), *planned(name, params, by_values)], params, left)
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one
@@ -225,6 +229,15 @@ class Database:
         """A connection for what is no request, as the login itself. Raises OperationalError with the whole cause."""
         return psycopg.connect(**self._kwargs) if self._is_own else self._pool.connection()
 
+    @contextlib.contextmanager
+    def session_as(self, user_id: str, *, changes: bool = False) -> Iterator[psycopg.Cursor[TupleRow]]:
+        """A transaction for what is no request, in the place of one of that user; undone at its end unless it `changes`
+        something. Raises OperationalError and SchemaBehind."""
+        with self.session() as conn:
+            self._check_schema(conn)
+            with conn.transaction(force_rollback=not changes), _cursor(conn) as cursor:
+                yield cursor.execute(statement("begin_as_user"), {"user_id": user_id})
+
     def is_ready(self) -> bool:
         """Whether the database answers and its schema is current; the cause is logged where not."""
         try:
@@ -235,7 +248,7 @@ class Database:
                 self._pool.putconn(conn)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             self._is_down = isinstance(error, psycopg_pool.PoolTimeout)
-            log.error("not ready", extra={"request_id": request_id(), "reason": _first_line(error)})
+            log.error("not ready", extra={"request_id": request_id(), "reason": first_line(error)})
             return False
         return True
 
@@ -245,7 +258,7 @@ class Database:
             with self.session() as conn:
                 self._check_schema(conn)
         except (psycopg.OperationalError, ConnectionLost, SchemaBehind) as error:
-            log.error("requests are answered 503 until this is mended", extra={"reason": _first_line(error)})
+            log.error("requests are answered 503 until this is mended", extra={"reason": first_line(error)})
 
     def _check_schema(self, conn: psycopg.Connection[Any]) -> None:
         """Raises SchemaBehind until every migration is there. More than these are fine: a newer version's."""
@@ -279,7 +292,7 @@ class Database:
         return missing
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """What an error of libpq says, without the detail below, which may quote a row."""
     return str(error).partition("\n")[0]
 
@@ -328,20 +341,15 @@ def _is_dead(conn: psycopg.Connection[Any]) -> bool:
 
 def applied(conn: psycopg.Connection[Any]) -> set[str]:
     """The names of the migrations that the database has."""
-    return {name for (name,) in conn.execute(statement("list_migrations"))}
+    with _cursor(conn) as cursor:
+        return {name for (name,) in cursor.execute(statement("list_migrations"))}
+
+
+def _cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[TupleRow]:
+    """A cursor whose rows are tuples, however a host has set the connections that it lends."""
+    return psycopg.Cursor(conn, row_factory=tuple_row)
 
 
 def database(app: Flask | None = None) -> Database:
     """The database of `app`, or else of the app that serves this request."""
     return cast(Database, (app or current_app).extensions["taskapi.database"])
-
-
-@click.command("migrate")
-@with_appcontext
-def migrate_command() -> None:
-    """Bring the database's schema up to date."""
-    try:
-        names = database().migrate()
-    except (psycopg.OperationalError, errors.InsufficientPrivilege) as error:
-        raise click.ClickException(str(error).strip()) from None
-    click.echo("\n".join(f"applied {name}" for name in names) or "the schema is up to date")

@@ -176,9 +176,13 @@ class KeySet:
             self._generation += 1
 
     def _log_failure(self, error: Exception) -> None:
-        parts = urlsplit(self._url)  # the rest may hold a password
-        url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-        log.warning("key set refresh failed", extra={"url": url, "reason": str(error)[:200]})
+        log.warning("key set refresh failed", extra={"url": showable(self._url), "reason": str(error)[:200]})
+
+
+def showable(url: str) -> str:
+    """A URL without the parts that may hold a password."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def fetch(url: str) -> bytes:
