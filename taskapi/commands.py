@@ -241,7 +241,7 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, (psycopg.OperationalError, ConnectionLost)) and not getattr(error, "sqlstate", None):
         return (
             f"the database cannot be reached ({first_line(error)}): "
-            "start it (a try-out's runs while `python wsgi.py` does), or set DATABASE_URL"
+            "start it, or set DATABASE_URL; a try-out's runs while `python wsgi.py` does"
         )
     return first_line(error)
 

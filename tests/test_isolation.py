@@ -67,6 +67,13 @@ def test_the_policies_hold_without_the_statements_conditions(
         assert row == own
     elif name == "delete_tasks":
         assert row == ([mine], 1)
+    elif name == "export_tasks":
+        assert row
+        assert json.loads(row[0]) == mine
+    elif name == "lock_user":
+        assert row == (alice.user,)
+    elif name == "delete_user":
+        assert row == (1,)
     elif name != "create_tasks":
         assert row is None
 
@@ -83,6 +90,18 @@ def test_a_statement_that_forgets_the_user_altogether_touches_only_their_rows(
         assert conn.execute(command.format("taskapi.tasks").encode()).rowcount == 1
         conn.execute("RESET role")
         assert rows_of(conn, bob) == before
+
+
+def test_a_delete_of_all_people_deletes_one(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
+    """With whatever hangs on the row: PostgreSQL's cascade asks no policy, but starts from what the policy let go."""
+    alice.create()
+    bob.create()
+    before = rows_of(conn, bob)
+    with conn.transaction():
+        conn.execute(statement("begin_as_user"), {"user_id": alice.user})
+        assert conn.execute("DELETE FROM taskapi.users").rowcount == 1
+    assert rows_of(conn, alice) == []
+    assert rows_of(conn, bob) == before
 
 
 @pytest.mark.parametrize("user", ["", "nobody", None])
