@@ -65,8 +65,9 @@ _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON objects, one a line.")
 
-group = Commands("taskapi")
-group.help = """Look after the tasks.
+group = Commands(
+    "taskapi",
+    help="""Look after the tasks.
 
     Status 0: it is done, and well. 1: something is wrong or was not done, and stderr or the output says what.
     2: the command was not understood.
@@ -75,7 +76,8 @@ group.help = """Look after the tasks.
     Examples:
       flask --app wsgi taskapi check
       flask --app wsgi taskapi export --help
-    """
+    """,
+)
 
 
 @group.command("migrate")
