@@ -234,7 +234,7 @@ def document(app: Flask) -> Json:
     for name, response in _responses().items():
         spec.components.response(name, response)
     for rule in app.url_map.iter_rules():
-        view = app.view_functions[rule.endpoint]
+        view = app.view_functions.get(rule.endpoint)
         if view in OPERATIONS:
             parameters: Any = [name for name in PARAMETERS if name in rule.arguments or name == "X-Request-ID"]
             operation = {"operationId": view.__name__, "tags": ["tasks"], **OPERATIONS[view]}

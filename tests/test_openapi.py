@@ -333,7 +333,9 @@ def run_node(command: list[str], folder: Path, **variables: str) -> str:
     return done.stdout
 
 
-NEEDS_NODE = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm")
+NEEDS_NODE = pytest.mark.skipif(
+    not (shutil.which("node") and shutil.which("npm")), reason="a client of the document needs node and npm"
+)
 
 
 @NEEDS_NODE
