@@ -540,8 +540,7 @@ def main(folder: Path) -> None:
                 Database(settings.database_url).migrate()
                 hello = _try_out(url, folder, settings)
             create_app(settings)  # whatever is wrong with the settings is said now, and once
-            serves = functools.partial(serve, settings, sock, is_tryout=is_tryout)
-            jobs: list[Job] = [serves] * settings.web_concurrency
+            jobs: list[Job] = [functools.partial(serve, settings, sock, is_tryout)] * settings.web_concurrency
             if settings.metrics:
                 stack.enter_context(metrics.folder())
                 jobs.append(functools.partial(answer_scrapes, metrics.server(*settings.metrics)))
@@ -550,7 +549,7 @@ def main(folder: Path) -> None:
                 raise SystemExit
             click.echo(hello)
             if len(jobs) == 1:
-                serves(None)
+                serve(settings, sock, is_tryout)
             else:
                 supervise(jobs, sock)
     except ConfigError as error:
@@ -559,10 +558,9 @@ def main(folder: Path) -> None:
         _on_end(signal.SIG_IGN)  # whoever insists now only spoils the status
 
 
-def serve(
-    settings: Settings, sock: socket.socket, goes_on: Callable[[], bool] | None = None, is_tryout: bool = False
-) -> None:
-    """Serves in this process until it is told to end, or `goes_on`, which one of several has, says no."""
+def serve(settings: Settings, sock: socket.socket, is_tryout: bool, goes_on: Callable[[], bool] | None = None) -> None:
+    """Serves in this process until it is told to end, or `goes_on`, which one of several has, says no; a try-out with
+    its front page."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     app = create_app(settings)
