@@ -72,6 +72,10 @@ MAX_THREADS = 64
 PATIENCE = 0.05
 """Seconds for which nobody gets anything done, before there are twice as many threads."""
 
+CROWD = 16
+"""New connections that are taken in at a time. One by one, each would wait for what all before it ask meanwhile; all at
+once, other processes would get none."""
+
 CLEANUP = 5
 """Seconds between looks for connections that took too long."""
 
@@ -450,7 +454,7 @@ class Server(TcpWSGIServer):
         """Does what a socket is ready for."""
         if descriptor == self._fileno:
             try:
-                self.handle_accept()
+                self._take_in(CROWD)
             finally:
                 self.ready.watch_again(descriptor)
         elif channel := self.active_channels.get(descriptor):
@@ -463,15 +467,19 @@ class Server(TcpWSGIServer):
                 if channel.connected:
                     self.ready.watch_again(descriptor, reads=channel.readable(), writes=bool(channel.writable()))
 
+    def _take_in(self, most: int) -> None:
+        """Accepts who waits at the door; not for ever, should there be no descriptor for them."""
+        for _ in range(most):
+            if not has_arrival(self.socket):
+                return
+            self.handle_accept()
+
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
         self.is_stopping = True
         time.sleep(0.01)  # for handshakes that are half done: closed before its last packet, a connection is reset
         self.ready.forget(self._fileno)
-        for _ in range(BACKLOG):  # not for ever, should there be no descriptor for them
-            if not has_arrival(self.socket):
-                break
-            self.handle_accept()
+        self._take_in(BACKLOG)
         wasyncore.dispatcher.close(self)
         started = time.monotonic()
         while (passed := time.monotonic() - started) < DRAIN and self.active_channels:

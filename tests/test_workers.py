@@ -7,6 +7,7 @@ import re
 import resource
 import secrets
 import select
+import selectors
 import shutil
 import signal
 import socket
@@ -711,6 +712,27 @@ def test_idle_and_slow_clients_do_not_keep_a_good_one_waiting(server: Server) ->
                 times.append(timed(server))
     assert statistics.median(times) < 0.1
     assert max(times) < 1
+
+
+def test_who_comes_in_waits_for_one_request_of_each_who_was_there(start: Start) -> None:
+    """Not for all that those ask while the others are taken in one by one."""
+    slow = """
+def work(*a, f=server.Channel.work): time.sleep(0.005); f(*a)
+server.Channel.work, server.THREADS = work, 1
+"""
+    with start(slow) as server, ExitStack() as stack, selectors.DefaultSelector() as selector:
+        server.popen.send_signal(signal.SIGSTOP)
+        wires = connect(server, stack, 16)
+        for wire in wires:
+            selector.register(wire.send(LIVEZ).sock, selectors.EVENT_READ, wire)
+        server.popen.send_signal(signal.SIGCONT)
+        answers = Counter[Wire]()
+        while len(answers) < len(wires):
+            for key, _ in selector.select():
+                assert key.data.answer().status == 200
+                answers[key.data] += 1
+                key.data.send(LIVEZ)
+    assert answers.total() < 4 * len(wires)
 
 
 @pytest.mark.parametrize("where", ["Channel.work", "Channel.__init__"])
