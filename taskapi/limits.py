@@ -1,5 +1,6 @@
 """How much one person, and one address with bad tokens, may ask: fixed windows, and 429."""
 
+import functools
 import ipaddress
 import logging
 import math
@@ -137,6 +138,7 @@ def _store(url: str) -> Storage | Counters:
     return cast(Storage, storage_from_string(url, wrap_exceptions=True, **timeouts))
 
 
+@functools.lru_cache(1024)
 def _network(address: str | None) -> str:
     """Who counts as one client: an IPv4 address, or an IPv6 network of 64 bits, which one client may have whole."""
     try:
