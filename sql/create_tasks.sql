@@ -1,11 +1,12 @@
 -- Adds the tasks of a JSON array in its order, and returns them as one, the tag and the id of the first, and whether
 -- their owner is new. The owner's row comes along: made at the first task, and brought up to date where the token tells something new.
+-- A list's versions begin with the time: whoever was deleted and comes back meets none that they had before.
 -- With a key it keeps the answer for whoever repeats the request, fails if there is one, and clears those that are a
 -- day old.
 -- Parameters: user_id, email, name, tasks, key, digest
 WITH owner AS (
     INSERT INTO taskapi.users AS u (id, email, name, version)
-    VALUES (%(user_id)s, %(email)s, %(name)s, 1)
+    VALUES (%(user_id)s, %(email)s, %(name)s, extract(epoch FROM now()) * 1000000)
     ON CONFLICT (id) DO UPDATE
     SET version = u.version + 1,
         email = coalesce(excluded.email, u.email),

@@ -431,6 +431,15 @@ def test_a_person_goes_with_everything_and_nobody_else_does(
     assert ann.list() == []
 
 
+def test_who_comes_back_meets_no_list_that_they_had_before(app: Flask, ann: Person) -> None:
+    tags = set()
+    for _ in range(2):
+        ann.create()
+        tags.add(ann.request("GET").headers["ETag"])
+        assert run(app, "delete-user", ann.user, "--yes").exit_code == 0
+    assert len(tags) == 2
+
+
 @pytest.mark.parametrize(("answer", "is_yes"), [("y\n", True), ("n\n", False), ("\n", False), ("", False)])
 def test_a_person_is_asked_for_first(app: Flask, postgres: Postgres, ann: Person, answer: str, is_yes: bool) -> None:
     ann.create()
