@@ -80,6 +80,13 @@ PARAMETERS: dict[str, tuple[str, str, Json]] = {
     "X-Request-ID": ("header", "Taken for the request's id if it is sane: up to 128 letters, digits and marks.", TEXT),
 }
 
+BEARER: Json = {
+    "type": "http",
+    "scheme": "bearer",
+    "bearerFormat": "JWT",
+    "description": "What your issuer signed; for a trial, what `flask --app wsgi taskapi token me` prints.",
+}
+
 HEADERS: dict[str, tuple[str, Json]] = {
     "Cache-Control": ("Only its own person may keep it, and asks before using it again.", TEXT),
     "ETag": ("The state of the task; with a list that of everything the user has.", {**TEXT, "pattern": '^"[^"]+"$'}),
@@ -226,7 +233,7 @@ def document(app: Flask) -> Json:
     spec = APISpec("taskapi", VERSION, "3.1.0", [plugin], **options)
     converter: Any = plugin.converter
     converter.map_to_openapi_type(Instant, "string", "date-time")
-    spec.components.security_scheme("bearer", {"type": "http", "scheme": "bearer", "bearerFormat": "JWT"})
+    spec.components.security_scheme("bearer", BEARER)
     for name, schema in _schemas(converter.schema2jsonschema).items():
         spec.components.schema(name, schema)
     for name, (where, description, schema) in PARAMETERS.items():
@@ -236,10 +243,11 @@ def document(app: Flask) -> Json:
     for rule in app.url_map.iter_rules():
         view = app.view_functions.get(rule.endpoint)
         if view in OPERATIONS:
-            parameters: Any = [name for name in PARAMETERS if name in rule.arguments or name == "X-Request-ID"]
-            operation = {"operationId": view.__name__, "tags": ["tasks"], **OPERATIONS[view]}
+            told = {"operationId": view.__name__, "tags": ["tasks"], **OPERATIONS[view]}
+            path = [name for name in PARAMETERS if name in rule.arguments]
+            told["parameters"] = [*path, *told.get("parameters", ()), "X-Request-ID"]
             [method] = (rule.methods or set()) - {"HEAD", "OPTIONS"}
-            spec.path(readable(rule.rule), operations={method.lower(): operation}, parameters=parameters)
+            spec.path(readable(rule.rule), operations={method.lower(): told})
     return spec.to_dict()
 
 

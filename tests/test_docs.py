@@ -129,6 +129,12 @@ def test_the_readme_names_every_route(app: Flask) -> None:
             assert f"`{method} {path}`" in README
 
 
+def test_the_tests_that_the_readme_names_are_there(checkout: Path) -> None:
+    named = set(re.findall(r"`(test_\w+)`", README))
+    assert named
+    assert named <= {path.stem for path in (checkout / "tests").glob("test_*.py")}
+
+
 def test_the_configuration_table_is_that_of_the_code() -> None:
     section = README.partition("\n## Configuration\n")[2].partition("\n## ")[0]
     rows = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `")]
