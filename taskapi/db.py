@@ -284,7 +284,8 @@ class Database:
         Under a lock, so that processes which start together wait for the first and then find nothing to do.
         """
         with self.session() as conn, conn.transaction():
-            conn.execute(statement("begin_migration"))
+            for name in ("lock_migrations", "create_schema", "create_migrations"):
+                conn.execute(statement(name))
             missing = [name for name in migrations() if name not in applied(conn)]
             for name in missing:
                 conn.execute(migrations()[name])

@@ -34,8 +34,13 @@ def test_a_statement_takes_the_parameters_that_its_header_names(name: str) -> No
     assert set(re.findall(r"%\((\w+)\)s", text)) == names
 
 
+@pytest.mark.parametrize("name", STATEMENTS)
+def test_a_file_is_one_statement(name: str) -> None:
+    assert ";" not in re.sub("--.*", "", statement(name).decode())
+
+
 def test_who_touches_a_persons_rows_names_the_person() -> None:
-    """And who does not touches none: a lock, a setting, what migrations there are."""
+    """And who does not touches none: a lock, a setting, a backend's number, the schema, what migrations there are."""
     naming = {name for name in STATEMENTS if "%(user_id)s" in statement(name).decode()}
     assert naming == {*ON_ROWS, "begin_as_user"}
 

@@ -17,6 +17,7 @@ from tests.processes import (
     TIMEOUT,
     Server,
     Wire,
+    ask,
     copied,
     environment,
     free_port,
@@ -101,5 +102,6 @@ def test_the_container_file_as_pasted_says_what_works_here(database_url: str, tm
         check = json.loads(said["HEALTHCHECK"].removeprefix("CMD "))
         check = [sys.executable, *(word.replace(said["EXPOSE"], str(port)) for word in check[1:])]
         subprocess.run(check, check=True, timeout=TIMEOUT)
+        assert ask(f"http://127.0.0.1:{port}", "GET", "/api/ann/tasks", token=mint("ann")).status == 200
         assert not (folder / ".taskapi").exists()  # which nobody could not make there
         assert process.stop() == 0
