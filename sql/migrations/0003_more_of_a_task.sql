@@ -13,7 +13,7 @@ ALTER TABLE taskapi.tasks NO FORCE ROW LEVEL SECURITY;
 UPDATE taskapi.tasks SET completed_at = updated_at WHERE is_completed;
 ALTER TABLE taskapi.tasks FORCE ROW LEVEL SECURITY;
 
-CREATE INDEX tasks_open_by_due ON taskapi.tasks (user_id, (least(due_at, 'infinity')), id) WHERE NOT is_completed;
+CREATE INDEX tasks_open_by_due ON taskapi.tasks (user_id, (coalesce(due_at, 'infinity')), id) WHERE NOT is_completed;
 
 -- version counts a person's writes, so that it tells one state of their list from another. cursor_key signs the
 -- cursors of their pages.
@@ -44,15 +44,13 @@ CREATE POLICY own_rows ON taskapi.first_answers
     USING (user_id = current_setting('taskapi.user_id', true));
 
 -- A text without case and accents. A database in the C locale knows the case of ASCII only, so the search asks ICU or
--- PostgreSQL 17's own tables, if either is there. Upper case first: ß is SS to ICU, and ς is Σ to all.
+-- PostgreSQL 17's own tables, if either is there.
 DO $migration$
 BEGIN
     EXECUTE format(
         $function$
         CREATE FUNCTION taskapi.folded(value text) RETURNS text IMMUTABLE PARALLEL SAFE LANGUAGE sql
-        RETURN regexp_replace(
-            normalize(translate(lower(upper(normalize(value, NFKD) COLLATE %I)), U&'\03C2', U&'\03C3'), NFKD), '[\u0300-\u036f]+', '', 'g'
-        )
+        RETURN regexp_replace(normalize(lower(normalize(value, NFKD) COLLATE %I), NFKD), '[\u0300-\u036f]+', '', 'g')
         $function$,
         (SELECT collname FROM pg_collation
          WHERE collname IN ('und-x-icu', 'pg_c_utf8', 'default') AND collencoding IN (-1, 6)
@@ -61,3 +59,10 @@ BEGIN
     );
 END
 $migration$;
+
+-- What a text has to be LIKE to hold every word of another, wherever in it.
+CREATE FUNCTION taskapi.patterns(words text) RETURNS text[] IMMUTABLE PARALLEL SAFE LANGUAGE sql
+RETURN (
+    SELECT array_agg('%' || regexp_replace(word, '([\\%_])', '\\\1', 'g') || '%')
+    FROM regexp_split_to_table(taskapi.folded(btrim(words)), '\s+') AS word
+);
