@@ -356,6 +356,7 @@ class Server(TcpWSGIServer):
         self._threads: set[int] = set()  # by their ids
         self._wanted = THREADS
         self._leaving = threading.Lock()
+        self._door = threading.Lock()
         self._called = self._looked = self._cleaned = 0.0  # when more threads were called in, and the last looks
         self._turns = 0  # how often a thread found something; two that count at once may count as one
         self._room = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2 - 20)
@@ -469,10 +470,11 @@ class Server(TcpWSGIServer):
 
     def _take_in(self, most: int) -> None:
         """Accepts who waits at the door; not for ever, should there be no descriptor for them."""
-        for _ in range(most):
-            if not has_arrival(self.socket):
-                return
-            self.handle_accept()
+        with self._door:  # or it could be closed meanwhile
+            for _ in range(most):
+                if not self.accepting or not has_arrival(self.socket):
+                    return
+                self.handle_accept()
 
     def _drain(self) -> None:
         """Takes in who already knocked, closes the door, and goes on until everybody is answered or DRAIN is over."""
@@ -480,7 +482,8 @@ class Server(TcpWSGIServer):
         time.sleep(0.01)  # for handshakes that are half done: closed before its last packet, a connection is reset
         self.ready.forget(self._fileno)
         self._take_in(BACKLOG)
-        wasyncore.dispatcher.close(self)
+        with self._door:
+            wasyncore.dispatcher.close(self)
         started = time.monotonic()
         while (passed := time.monotonic() - started) < DRAIN and self.active_channels:
             if passed > LINGER:

@@ -299,6 +299,22 @@ def test_a_request_that_comes_as_idle_connections_are_closed_is_answered(start: 
         assert_ends(server, within=10)
 
 
+def test_the_door_is_not_closed_while_somebody_is_let_in(start: Start) -> None:
+    """A thread that has seen somebody at the door takes half a second to let them in; the main one closes the door."""
+    slow = """
+def look(*a, f=server.has_arrival, main=server.threading.get_ident()):
+    found = f(*a)
+    if main != server.threading.get_ident(): time.sleep(0.5)
+    return found
+server.has_arrival = look"""
+    with start(slow) as server, Wire(server.url) as wire:
+        linger(0.1)
+        server.popen.send_signal(signal.SIGTERM)
+        linger(0.8)
+        assert wire.send(LIVEZ).answer().status == 200
+        assert_ends(server, within=10)
+
+
 def test_what_comes_meanwhile_on_an_open_connection_is_answered_and_that_closed(start: Start) -> None:
     with start("server.LINGER = 20") as server, ExitStack() as stack:
         wires = connect(server, stack, 4)
