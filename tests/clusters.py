@@ -14,7 +14,7 @@ from psycopg.conninfo import make_conninfo
 
 from taskapi.db import Database
 from taskapi.local import Cluster
-from tests.processes import TIMEOUT, kill_all, processes_in, wait_until
+from tests.processes import TIMEOUT, freeze, kill_all, processes_in, wait_until
 
 CONF = """
 fsync = off  # what is killed here are processes, not the machine
@@ -86,13 +86,15 @@ class Postgres(Cluster):
     def frozen(self, *pids: int) -> Iterator[None]:
         """For the length of a with block these processes, or else all, do nothing, and do not end either."""
         if not pids:
-            self._postmaster.send_signal(signal.SIGSTOP)  # before the rest are looked for, or it might make more
+            freeze(self._postmaster.pid)  # before the rest are looked for, or it might make more
         chosen = set(pids) or self.processes
         try:
-            _signal(chosen, signal.SIGSTOP)
+            freeze(*chosen)
             yield
         finally:
-            _signal(chosen, signal.SIGCONT)
+            for pid in chosen:
+                with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
+                    os.kill(pid, signal.SIGCONT)
 
     def run(self, command: LiteralString | sql.Composed, *params: Any) -> list[tuple[Any, ...]]:
         """Executes a command as the owner of everything, and returns its rows."""
@@ -170,9 +172,3 @@ class Postgres(Cluster):
         super()._initdb()
         with (self._data / "postgresql.conf").open("a") as file:
             file.write(CONF)
-
-
-def _signal(pids: set[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
-            os.kill(pid, number)

@@ -70,6 +70,24 @@ def processes_in(folder: Path) -> set[int]:
     return found
 
 
+def freeze(*pids: int) -> None:
+    """Has processes do nothing until they are sent SIGCONT. By itself SIGSTOP may be too late for a thread that has
+    just been woken by a client."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
+            os.kill(pid, signal.SIGSTOP)
+    for pid in pids:
+        wait_until(lambda: _states(pid) <= {"T", "Z"}, "all threads have stopped")  # noqa: B023 (called at once)
+
+
+def _states(pid: int) -> set[str]:
+    """What the threads of a process do, in the letters of proc(5)."""
+    try:
+        return {path.read_text().rpartition(") ")[2][0] for path in Path(f"/proc/{pid}/task").glob("*/stat")}
+    except OSError:  # one has just ended
+        return {"X"}
+
+
 def kill_all(pids: set[int]) -> None:
     """As the kernel kills: at once, and without a word."""
     for pid in pids:

@@ -27,6 +27,7 @@ from tests.processes import (
     copied,
     environment,
     free_port,
+    freeze,
     request,
     serving,
     started,
@@ -315,12 +316,12 @@ def break_down(process: Process) -> None:
     process.stop(signal.SIGKILL)
 
 
-def freeze(process: Process) -> None:
-    process.popen.send_signal(signal.SIGSTOP)
+def hang(process: Process) -> None:
+    freeze(process.popen.pid)
 
 
 @needs_redis
-@pytest.mark.parametrize("fault", [break_down, freeze])
+@pytest.mark.parametrize("fault", [break_down, hang])
 def test_people_go_on_working_without_redis(
     database_url: str,
     tmp_path: Path,

@@ -39,6 +39,7 @@ from tests.processes import (
     Wire,
     copied,
     environment,
+    freeze,
     processes_in,
     request,
     serving,
@@ -405,7 +406,7 @@ def test_once_it_says_that_it_listens_everybody_is_answered(start: Start, folder
 def test_two_processes_serve_on_one_port(start: Start) -> None:
     with start(WEB_CONCURRENCY="2") as server:
         for worker in workers(server):
-            os.kill(worker, signal.SIGSTOP)
+            freeze(worker)
             assert [server.ask("GET", TASKS).status for _ in range(5)] == [200] * 5
             os.kill(worker, signal.SIGCONT)
         assert server.stop() == 0
@@ -737,7 +738,7 @@ def work(*a, f=server.Channel.work): time.sleep(0.005); f(*a)
 server.Channel.work, server.THREADS = work, 1
 """
     with start(slow) as server, ExitStack() as stack, selectors.DefaultSelector() as selector:
-        server.popen.send_signal(signal.SIGSTOP)
+        freeze(server.popen.pid)
         wires = connect(server, stack, 16)
         for wire in wires:
             selector.register(wire.send(LIVEZ).sock, selectors.EVENT_READ, wire)
