@@ -1,5 +1,6 @@
 -- Adds the tasks of a JSON array in its order, and returns them as one, the tag and the id of the first, and whether
 -- their owner is new. The owner's row comes along: made at the first task, and brought up to date where the token tells something new.
+-- Times are taken with that row locked: what is newer by them was committed later, so that updated_since misses nothing.
 -- A list's versions begin with the time: whoever was deleted and comes back meets none that they had before.
 -- With a key it keeps the answer for whoever repeats the request, fails if there is one, and clears those that are a
 -- day old.
@@ -12,13 +13,14 @@ WITH owner AS (
         email = coalesce(excluded.email, u.email),
         name = coalesce(excluded.name, u.name),
         updated_at = now()
-    RETURNING xmax = 0 AS is_new
+    RETURNING xmax = 0 AS is_new, clock_timestamp() AS now
 ), created AS (
     INSERT INTO taskapi.tasks
-        (user_id, title, description, is_completed, due_at, priority, tags, completed_at)
-    SELECT %(user_id)s, n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,
-           CASE WHEN n.is_completed THEN now() END
-    FROM jsonb_populate_recordset(NULL::taskapi.tasks, %(tasks)s::jsonb) WITH ORDINALITY AS n
+        (user_id, title, description, is_completed, created_at, updated_at, due_at, priority, tags, completed_at)
+    SELECT %(user_id)s, n.title, n.description, n.is_completed, owner.now, owner.now, n.due_at, n.priority, n.tags,
+           CASE WHEN n.is_completed THEN owner.now END
+    FROM owner
+    CROSS JOIN jsonb_populate_recordset(NULL::taskapi.tasks, %(tasks)s::jsonb) WITH ORDINALITY AS n
     ORDER BY n.ordinality
     RETURNING *
 ), answer AS (

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import quote
 
@@ -17,6 +18,7 @@ from taskapi.db import database, statement, without
 from taskapi.pipeline import numbered
 from taskapi.schemas import LIST, PRIORITIES, SORTS
 from tests.people import SECRET, Answer, Person, assert_problem
+from tests.processes import wait_until
 
 DAY = "2026-12-{:02}T00:00:00+00:00"
 
@@ -96,6 +98,27 @@ def test_updated_since_finds_the_change_at_that_instant_and_later_ones(alice: Pe
     changed = alice.request("PUT", f"/{tasks[0]['id']}", json={"description": "d"}).json
     assert titles(alice, updated_since=tasks[2]["updated_at"]) == "ac"
     assert titles(alice, updated_since=changed["updated_at"]) == "a"
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT"])
+def test_a_change_that_waited_for_another_is_the_newer_one(
+    alice: Person, conn: psycopg.Connection, database_url: str, method: str
+) -> None:
+    """Or whoever asks for what was changed since the newest that they have seen would never see it."""
+    tasks = [alice.create(title) for title in "ab"]
+    path = f"/{tasks[1]['id']}" if method == "PUT" else ""
+    with ThreadPoolExecutor(1) as threads, psycopg.connect(database_url) as other:
+        other.execute("SELECT FROM taskapi.users WHERE id = %s FOR NO KEY UPDATE", [alice.user])
+        answer = threads.submit(alice.request, method, path, json={"title": "late", "is_completed": True})
+        waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))"
+        wait_until(lambda: conn.execute(waiting, [other.info.backend_pid]).rowcount, "the change waits")
+        change = "UPDATE taskapi.tasks SET updated_at = clock_timestamp() WHERE id = %s RETURNING to_json(updated_at)"
+        newest = other.execute(change, [tasks[0]["id"]]).fetchone()
+        other.commit()
+    assert newest
+    late = answer.result().json
+    assert late["updated_at"] == late["completed_at"]
+    assert titles(alice, updated_since=newest[0], sort="-updated_at") == "latea"
 
 
 @pytest.mark.parametrize(
