@@ -50,12 +50,12 @@ _MAX_ID = 2**63 - 1
 @bp.get(LIST, **OPTIONS)
 def list_tasks(user_id: str) -> Response:
     query = schemas.load_parameters(schemas.LIST)
-    key, cursor = b"", query.pop("cursor")
+    version, key, cursor = b"0", b"", query.pop("cursor")
     if cursor or "If-None-Match" in request.headers:
         version, key = database().run("get_user", {"user_id": user_id}) or (b"0", b"")
-        if response := conditions.not_modified(_quoted(version)):
-            return response
-    query |= pages.position(cursor, key)
+    query |= pages.position(cursor, key)  # first: a condition counts only where it would be 200 (RFC 9110 §13.2.1)
+    if response := conditions.not_modified(_quoted(version)):
+        return response
     body, found, version, key, count = _run("list_tasks", **query, by_values=bool(request.args))
     link = None
     if int(found) > query["limit"]:

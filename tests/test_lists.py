@@ -305,6 +305,14 @@ def test_a_cursor_of_another_query_or_user_is_422(alice: Person, bob: Person) ->
     assert_refused(bob, {"cursor": cursor}, "cursor")
 
 
+def test_a_cursor_of_another_list_is_422_even_where_the_list_is_known(alice: Person) -> None:
+    for _ in range(2):  # before their first task, too
+        for tag in ("*", alice.request("GET").headers["ETag"]):
+            response = alice.request("GET", query_string="cursor=x", headers={"If-None-Match": tag})
+            assert [error["parameter"] for error in assert_problem(response, 422)["errors"]] == ["cursor"]
+        alice.create()
+
+
 FORGED: dict[str, Callable[[str], str]] = {
     "empty": lambda cursor: "",
     "none": lambda cursor: "null",
