@@ -40,7 +40,8 @@ def split(body: bytes, sort: str | None, key: bytes, url: str) -> tuple[bytes, s
     """
     page, _, _ = body.rpartition(b", \n ")
     last = json.loads(page.rpartition(b", \n ")[2].removeprefix(b"["))
-    payload = json.dumps([_value(last, (sort or "created_at").lstrip("-")), last["id"]]).encode()
+    at = [_value(last, (sort or "created_at").lstrip("-")), last["id"]]
+    payload = json.dumps(at, ensure_ascii=False).encode()  # \u… would make a head of it that nginx answers with 502
     cursor = _text(_mac(payload, key) + payload)
     parameters = [(name, value) for name, value in request.args.items(multi=True) if name != "cursor"]
     return page + b"]", f'<{url}?{urlencode([*parameters, ("cursor", cursor)])}>; rel="next"'
