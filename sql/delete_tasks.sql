@@ -1,5 +1,5 @@
 -- Deletes the user's tasks that pass every filter given, and returns them as one JSON array, oldest first, and how many
--- they were; no row where if_match names another state of the list.
+-- they were; no row where if_match names another state of the list, which is 0 before the first task.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, if_match
 WITH owner AS (
     UPDATE taskapi.users AS u
@@ -25,3 +25,4 @@ WITH owner AS (
 SELECT coalesce(json_agg(deleted ORDER BY created_at, id), '[]'), count(*)
 FROM deleted
 HAVING %(if_match)s::text[] IS NULL OR EXISTS (SELECT FROM owner)
+    OR '"0"' = ANY (%(if_match)s) AND NOT EXISTS (SELECT FROM taskapi.users AS u WHERE u.id = %(user_id)s)

@@ -146,7 +146,11 @@ def test_a_delete_of_more_than_a_page_answers_all(alice: Person) -> None:
 
 def test_a_delete_of_whoever_has_nothing_finds_nothing(alice: Person) -> None:
     assert delete(alice, "is_completed=true").json == []
-    assert_problem(delete(alice, "is_completed=true", If_Match='"0"'), 412)
+    tag = alice.request("GET").headers["ETag"]
+    assert_problem(delete(alice, "is_completed=true", If_Match='"1"'), 412)
+    assert delete(alice, "is_completed=true", If_Match=tag).json == []
+    alice.create()
+    assert_problem(delete(alice, "is_completed=false", If_Match=tag), 412)
 
 
 def test_a_delete_takes_the_lists_tag_and_is_412_with_another(alice: Person) -> None:
