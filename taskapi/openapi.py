@@ -191,7 +191,10 @@ OPERATIONS: dict[Callable[..., Response], Json] = {
     tasks.delete_tasks: {
         "summary": "Delete the tasks that the parameters choose: there must be one",
         "parameters": [{"in": "query", "schema": FILTER}, "If-Match"],
-        "responses": {"200": _answer("The tasks as they were.", _array(ONE)), **_others(412, 422)},
+        "responses": {
+            "200": _answer("The tasks as they were, however many.", {"type": "array", "items": ONE}),
+            **_others(412, 422),
+        },
     },
     tasks.get_task: {
         "summary": "Get a task",

@@ -259,6 +259,14 @@ def test_every_status_that_it_tells_is_answered_and_no_other(
     assert {str(answer.status_code) for answer in answers} == set(operation["responses"])
 
 
+def test_a_delete_of_more_than_a_page_is_as_it_says(
+    document: dict[str, Any], operations: dict[str, tuple[str, str, dict[str, Any]]], alice: Person
+) -> None:
+    for count in (schemas.MAX_TASKS, 1):
+        alice.request("POST", json=[{"title": "t"}] * count)
+    assert_as_told(document, operations["delete_tasks"][2], alice.request("DELETE", query_string="is_completed=false"))
+
+
 def test_an_unknown_method_is_405_as_it_says(document: dict[str, Any], alice: Person) -> None:
     assert "405" in document["info"]["description"]
     response = alice.request("TRACE")
