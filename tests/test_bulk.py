@@ -95,6 +95,8 @@ def test_an_array_may_have_a_mebibyte_and_a_task_64_kibibytes(alice: Person) -> 
         ("due_before=2026-12-02T00:00:00Z", "a"),
         ("due_after=2026-12-01T00:00:00Z", "b"),
         ("updated_since=2000-01-01T00:00:00Z", "abcd"),
+        ("updated_since=9999-01-01T00:00:00Z", ""),
+        ("priority=low", "b"),
         ("q=E", "cd"),
         ("is_completed=true&priority=low", "b"),
         ("tag=none", ""),
