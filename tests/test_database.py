@@ -13,9 +13,11 @@ from typing import Any
 import psycopg
 import pytest
 from psycopg import errors
+from psycopg.conninfo import make_conninfo
 
 from taskapi import ConfigError, Settings, create_app
 from taskapi.db import SQL, database, migrations, statement
+from tests.clusters import Postgres
 from tests.people import SECRET, Person, assert_problem
 
 STATEMENTS = sorted(path.stem for path in SQL.glob("*.sql"))
@@ -41,6 +43,19 @@ RELEASED = {
     "0003_more_of_a_task": "1f3c8ea51b59cef3c8f236af02b0139385fd2584d2f4523f6a224e49cec120ef",
 }
 """Migrations that databases have by now, and what they held: what is to be otherwise is for another one."""
+
+
+def test_a_login_that_may_make_roles_migrates_and_serves_by_itself(tmp_path: Path) -> None:
+    """As the one of a hosted PostgreSQL, in a cluster that has no taskapi_user yet."""
+    with Postgres(tmp_path) as postgres:
+        postgres.run("CREATE ROLE owner LOGIN CREATEROLE")
+        postgres.run("CREATE DATABASE tasks OWNER owner")
+        url = make_conninfo(postgres.url, user="owner", dbname="tasks")
+        app = create_app(Settings(database_url=url, secrets=(SECRET,)))
+        assert database(app).migrate() == [*migrations()]
+        ann = Person(app.test_client(), "ann")
+        assert [ann.create()] == ann.list()
+        database(app).close()
 
 
 def test_a_migration_that_was_released_does_not_change() -> None:
