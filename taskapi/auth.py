@@ -319,6 +319,6 @@ def issue(settings: Settings, user_id: str, expires: timedelta, email: str | Non
     signer.config["JWT_COOKIE_CSRF_PROTECT"] = False  # no claim for a cookie that there is not
     JWTManager(signer)
     with signer.app_context():
-        claims = {"email": email} if email else None
+        claims = {**({"email": email} if email else {}), settings.user_claims[0]: user_id}  # a path is a name, too
         token: str = create_access_token(user_id, expires_delta=expires, additional_claims=claims)
     return token

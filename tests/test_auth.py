@@ -325,7 +325,9 @@ def test_the_token_command_takes_no_other_duration(app: Flask, expires: str) -> 
     assert "90s, 15m, 1h, 7d" in result.output
 
 
-def test_the_token_command_makes_what_a_strict_guard_takes() -> None:
-    settings = Settings(database_url="postgresql://", secrets=(SECRET,), issuers=("i",), audiences=("a", "b"))
-    result = create_app(settings).test_cli_runner().invoke(args=["taskapi", "token", "u"])
+@pytest.mark.parametrize("claim", ["sub", "uid", "user.id", "email", "https://a.example/id"])
+def test_the_token_command_makes_what_a_strict_guard_takes(claim: str) -> None:
+    strict: dict[str, Any] = {"issuers": ("i",), "audiences": ("a", "b"), "user_claims": (claim,)}
+    settings = Settings(database_url="postgresql://", secrets=(SECRET,), **strict)
+    result = create_app(settings).test_cli_runner().invoke(args=["taskapi", "token", "u", "--email", "u@example.com"])
     assert Guard(settings).user(result.output.strip()).id == "u"
