@@ -1,6 +1,8 @@
 """`flask taskapi …`: what whoever looks after the tasks does by hand, or by a script."""
 
+import errno
 import json
+import os
 import re
 import sys
 from datetime import timedelta
@@ -40,13 +42,18 @@ NOT_CHECKED = "not checked: it needs what is wrong above"
 
 
 class Commands(AppGroup):
-    """Commands that end with one line and status 1 where the database does not do what they ask."""
+    """Commands that end with one line and status 1 where the database or the disk does not do what they ask."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             raise click.ClickException(_remedy(error)) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # a closed pipe ends it quietly
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the rest fails at the process's end
+            raise click.ClickException(f"the output cannot be written: {error.strerror}") from None
 
 
 def _user_id(value: str) -> str:

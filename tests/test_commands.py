@@ -390,6 +390,16 @@ def test_an_export_that_breaks_off_is_1(folder: Path, env: dict[str, str], big: 
     assert re.fullmatch(r"Error: .*terminating connection.*\n", err.decode())
 
 
+@pytest.mark.parametrize("command", ["export big", "export me", "explain", "token me"])
+def test_output_that_finds_no_room_is_1_and_a_line(
+    folder: Path, env: dict[str, str], big: str, postgres: Postgres, command: str
+) -> None:
+    postgres.run("INSERT INTO taskapi.users (id) VALUES ('me') ON CONFLICT DO NOTHING")
+    postgres.run("INSERT INTO taskapi.tasks (user_id, title) VALUES ('me', 'Buy milk')")
+    ended = shell(f"flask --app wsgi taskapi {command} > /dev/full", folder, env)
+    assert (ended.returncode, ended.stderr) == (1, "Error: the output cannot be written: No space left on device\n")
+
+
 def test_an_export_may_take_its_time(app: Flask, ann: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     ann.create()
     asked = b"SELECT convert_to(current_setting('statement_timeout'), 'UTF8')"
