@@ -162,10 +162,10 @@ def _number(name: str, remedy: str) -> Callable[[str], int]:
 
 
 def _address(value: str) -> tuple[str, int]:
-    host, colon, port = value.rpartition(":")
-    if not (host and colon and port.isascii() and port.isdigit() and int(port) <= 65535):
+    found = re.fullmatch("(.+):([0-9]{1,5})", value)
+    if found is None or int(found[2]) > 65535:
         raise ConfigError("METRICS is no address to listen on: 127.0.0.1:9464")
-    return host, int(port)
+    return found[1], int(found[2])
 
 
 def _switch(value: str) -> bool:

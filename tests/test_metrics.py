@@ -56,7 +56,9 @@ def test_a_taken_address_is_one_line(database_url: str, tmp_path: Path) -> None:
             assert re.fullmatch(rf"taskapi: cannot listen on 127.0.0.1:{port} .*: set METRICS\n", second.stderr)
 
 
-@pytest.mark.parametrize("value", ["9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", ":9464", "127.0.0.1:99999"])
+@pytest.mark.parametrize(
+    "value", ["9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", ":9464", "127.0.0.1:99999", f"127.0.0.1:{'9' * 5000}"]
+)
 def test_what_is_no_address_is_refused_by_name(value: str) -> None:
     with pytest.raises(ConfigError, match="METRICS is no address"):
         Settings.from_env({"METRICS": value})
