@@ -23,10 +23,12 @@ Json = dict[str, Any]
 VERSION = "0.1.0"
 
 DESCRIPTION = f"""\
-Tasks, each person's own. Every answer of a 2xx is a task or an array of tasks, every error a problem (RFC 9457).
+Tasks, each person's own. A request for them that succeeds gets a task or an array of tasks, and every error is a
+problem (RFC 9457).
 
-A method that is not told here is 405, and `Allow` names those that are. What is no HTTP, or has too large a head, is
-refused as 400, 431 or 501 before it is anybody's request. A body may have {MAX_BODY:,} bytes, an array {MAX_BULK:,}.
+HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not told here is 405, and `Allow` names
+those that go. What is no HTTP, or has too large a head, is refused as 400, 431 or 501 before it is anybody's request. A
+body may have {MAX_BODY:,} bytes, an array {MAX_BULK:,}.
 """
 
 EXAMPLE = {

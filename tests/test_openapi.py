@@ -148,6 +148,15 @@ def test_patterns_and_rules_agree_about_every_character() -> None:
     assert {"\0", " ", "\x1c", "\u200b"} < refused
 
 
+def test_examples_of_values_keep_their_own_rules(document: dict[str, Any]) -> None:
+    parameters = [told["schema"] for told in document["components"]["parameters"].values()]
+    with_examples = [one for one in (document["components"]["schemas"]["Task"], *parameters) if "examples" in one]
+    assert len(with_examples) == 3
+    for schema in with_examples:
+        for example in schema["examples"]:
+            assert_valid(document, schema, example)
+
+
 EXAMPLES = ["create_task", "update_task", "complete_task"]
 
 
@@ -267,8 +276,16 @@ def test_a_delete_of_more_than_a_page_is_as_it_says(
     assert_as_told(document, operations["delete_tasks"][2], alice.request("DELETE", query_string="is_completed=false"))
 
 
-def test_an_unknown_method_is_405_as_it_says(document: dict[str, Any], alice: Person) -> None:
-    assert "405" in document["info"]["description"]
+def test_methods_that_it_does_not_tell_are_as_it_says(document: dict[str, Any], alice: Person) -> None:
+    said = "HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not told here is 405"
+    assert said in document["info"]["description"]
+    task = alice.create()
+    for path, item in document["paths"].items():
+        url = path.format(user_id=alice.user, id=task["id"])
+        told = {method.upper() for method in item}
+        allowed = told | {"OPTIONS"} | ({"HEAD"} if "GET" in told else set())
+        assert set(alice.open(url, method="OPTIONS").headers["Allow"].split(", ")) == allowed
+        assert alice.open(url, method="HEAD").status_code == (200 if "GET" in told else 405)
     response = alice.request("TRACE")
     assert response.headers["Allow"] == "DELETE, GET, HEAD, OPTIONS, POST"
     assert_valid(document, {"$ref": "#/components/schemas/Problem"}, assert_problem(response, 405))
