@@ -108,7 +108,7 @@ class Guard:
                 "BETTER_AUTH_SECRET is not set: set it to the secret that signs your tokens, "
                 "or BETTER_AUTH_URL or JWKS_URL to where their keys are published"
             )
-        self._keys = {id(trust.keys): trust.keys for trust in self._trusted.values()}.values()
+        self._keys = {trust.keys for trust in self._trusted.values()}
         self._verified: dict[bytes, Verified] = {}
         self._lock = threading.Lock()
 

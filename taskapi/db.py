@@ -286,7 +286,7 @@ class Database:
         with self.session() as conn, conn.transaction():
             for name in ("lock_migrations", "create_schema", "create_migrations"):
                 conn.execute(statement(name))
-            missing = [name for name in migrations() if name not in applied(conn)]
+            missing = sorted(migrations().keys() - applied(conn))
             for name in missing:
                 conn.execute(migrations()[name])
                 conn.execute(statement("record_migration"), {"name": name})

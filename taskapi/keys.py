@@ -92,8 +92,7 @@ class KeySet:
     @property
     def generation(self) -> int:
         """Grows whenever keys come or go: what was verified under another number is to be verified again."""
-        age = time.monotonic() - self._fetched
-        if age > REFRESH:
+        if (age := self.age) > REFRESH:
             self._fetch(wait=age > 2 * REFRESH)
         return self._generation
 

@@ -32,9 +32,9 @@ def problem(status: int, detail: str, headers: Mapping[str, str] | None = None, 
     return Response(body(status, detail, **members), status, headers, content_type="application/problem+json")
 
 
-def unavailable(detail: str, retry_after: int = 1) -> Response:
-    """503: what the request needs cannot be reached, or is too slow. `retry_after` is in seconds."""
-    return problem(503, detail, {"Retry-After": str(retry_after)})
+def unavailable(detail: str) -> Response:
+    """503: what the request needs cannot be reached, or is too slow; in a second it may be otherwise."""
+    return problem(503, detail, {"Retry-After": "1"})
 
 
 def handle(scope: Flask | Blueprint) -> None:
