@@ -143,18 +143,19 @@ class Database:
         there is none, or the request's Idempotency-Key was used before. Plans are kept, one for each set of parameters
         that are not None; `by_values` has one made for these values.
 
-        Ends the request with 503 where the database cannot answer, after POOL_TIMEOUT and DEADLINE at the latest. A
-        read whose connection is lost is tried once more; a change never is, for it may have happened.
+        Ends the request with 503 where the database cannot answer, POOL_TIMEOUT and DEADLINE after its first statement
+        at the latest. A read whose connection is lost is tried once more; a change never is, for it may have happened.
         """
         is_read = name.startswith(("get_", "list_"))
         started = time.monotonic()
+        until = g.setdefault("taskapi_until", started + POOL_TIMEOUT + DEADLINE)
         try:
             try:
-                return self._run(name, params, by_values)
+                return self._run(name, params, by_values, until)
             except ConnectionLost:
                 if not is_read or time.monotonic() - started > 1:  # not for a frozen one: that would be to wait twice
                     raise
-                return self._run(name, params, by_values)
+                return self._run(name, params, by_values, until)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "first_answers_pkey":
                 return None
@@ -163,7 +164,7 @@ class Database:
             log.error("the database does not answer", extra=about)
             abort(unavailable(detail))
         finally:
-            g.taskapi_database = time.monotonic() - started
+            g.taskapi_database = g.get("taskapi_database", 0) + time.monotonic() - started
 
     def _meaning(self, error: psycopg.Error | ConnectionLost | SchemaBehind, is_read: bool) -> str:
         """What a client is told of an error; raises Defect where that is nothing."""
@@ -183,13 +184,13 @@ class Database:
             self._schema_is_current = False
         return detail
 
-    def _run(self, name: str, params: dict[str, Any], by_values: bool) -> tuple[bytes, ...] | None:
-        conn = self._borrow()
+    def _run(self, name: str, params: dict[str, Any], by_values: bool, until: float) -> tuple[bytes, ...] | None:
+        conn = self._borrow(until - time.monotonic())
         started = time.monotonic()
         try:
             if not self._schema_is_current:
                 self._check_schema(conn)
-            left = DEADLINE - (time.monotonic() - started)
+            left = min(started + DEADLINE, until) - time.monotonic()
             result = pipeline.run(conn, [statement("begin_as_user"), *planned(name, params, by_values)], params, left)
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
@@ -205,9 +206,10 @@ class Database:
             return None
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
-    def _borrow(self) -> psycopg.Connection[Any]:
-        """A connection that lives. After one that was waited for in vain nobody waits, until there is one again."""
-        timeout = 0.01 if self._is_down else POOL_TIMEOUT
+    def _borrow(self, seconds: float = POOL_TIMEOUT) -> psycopg.Connection[Any]:
+        """A connection that lives, waited for no longer than that, nor than POOL_TIMEOUT. After one that was waited for
+        in vain nobody waits, until there is one again."""
+        timeout = 0.01 if self._is_down else max(0.01, min(seconds, POOL_TIMEOUT))
         if self._is_own and self._pool.closed:
             self._pool.open()
             atexit.register(self._pool.close)  # its threads would hold up the end of the process

@@ -487,6 +487,18 @@ def test_while_all_of_postgresql_is_frozen_everybody_is_answered_in_time(server:
     assert count(postgres, "never sent") == 0
 
 
+def test_a_request_of_several_statements_takes_no_longer_than_one_of_one(server: Server, postgres: Postgres) -> None:
+    """The first is answered late, and the second never."""
+    sent = request("GET", TASKS, 'If-None-Match: "0"', token=TOKEN)
+    with locked(postgres), Wire(server.url) as wire, within(BOUND):
+        with postgres.frozen():
+            wire.send(sent)
+            time.sleep(DEADLINE - 0.5)
+        postgres.wait_for_backends("relation")
+        with postgres.frozen():
+            assert_unavailable(wire.answer(), UNREACHABLE)
+
+
 def test_a_crowd_that_waits_for_a_frozen_database_does_not_hold_up_refusals(server: Server, postgres: Postgres) -> None:
     """As many as come together before the first has waited in vain."""
     with postgres.frozen(), ThreadPoolExecutor(40) as threads:
