@@ -184,7 +184,7 @@ class Answer(WSGITask):
         """The head as the app made it: waitress's own spells each name anew and sorts them, and closes the connection
         after an answer without a body, such as 304."""
         keep = self.request.headers.get("CONNECTION", "").lower()
-        is_last = self.channel.server.is_stopping and len(self.channel.requests) == 1  # the next one is another's
+        is_last = self.channel.server.is_stopping and not self.channel.has_more()  # the next one is another's
         lines = [f"HTTP/{self.version} {self.status}", *(f"{name}: {value}" for name, value in self.response_headers)]
         lines.append(f"Date: {http_date(int(self.start_time))}")
         if self.content_length is None and self.has_body:
@@ -241,9 +241,24 @@ class Channel(HTTPChannel):
 
     def work(self, flags: int) -> None:
         """Reads or writes what the socket is ready for, and answers what has arrived."""
-        wasyncore.readwrite(self, flags)
-        while self.requests:
+        if not flags & ~(select.POLLIN | select.POLLOUT) or has_ended(self.socket):
+            wasyncore.readwrite(self, flags)
+        while self.requests and not self.total_outbufs_len:  # one answer at a time is kept for a slow reader
             self.service()
+
+    def handle_read(self) -> None:
+        """Reads what there is: nothing, where the flags were meant for a connection that is closed, and this one was
+        given its descriptor."""
+        try:
+            data = self.recv(self.adj.recv_bytes)
+        except BlockingIOError:
+            return
+        except OSError:
+            self.handle_close()
+            return
+        if data:
+            self.last_activity = time.time()
+            self.received(data)
 
     def received(self, data: bytes) -> bool:
         more: bool = super().received(data)
@@ -271,6 +286,14 @@ class Channel(HTTPChannel):
             self.waiting_since = None
         self.last_activity = time.time()
         return len(data)
+
+    def has_more(self) -> bool:
+        """Whether something has arrived behind the request that is answered now."""
+        return len(self.requests) > 1 or has_arrival(self.socket)
+
+    def is_waiting(self) -> bool:
+        """Whether it is for the client to go on."""
+        return not self.requests or self.total_outbufs_len > 0
 
     def close_if(self, condition: Callable[["Channel"], bool]) -> None:
         """Closes the connection, unless a thread works at it or `condition` says no."""
@@ -383,7 +406,8 @@ class Server(TcpWSGIServer):
         now = time.time()
         if not self._idle and turns == self._turns:  # all wait, for the database most likely
             self._called = now
-            self._have(min(2 * len(self._threads), MAX_THREADS))
+            with contextlib.suppress(RuntimeError):  # the system gives us no more
+                self._have(min(2 * len(self._threads), MAX_THREADS))
         elif now - self._called > 1:
             self._wanted = THREADS
         if now - self._looked > 1:
@@ -408,9 +432,9 @@ class Server(TcpWSGIServer):
         one that has kept us waiting for longest."""
         super().handle_accept()
         if len(self.active_channels) > self._room:
-            waiting = [channel for channel in list(self.active_channels.values()) if not channel.requests]
+            waiting = [channel for channel in list(self.active_channels.values()) if channel.is_waiting()]
             if waiting[:-1]:  # the last is the new one
-                min(waiting[:-1], key=Channel.patience).close_if(lambda channel: not channel.requests)
+                min(waiting[:-1], key=Channel.patience).close_if(Channel.is_waiting)
 
     def maintenance(self, now: float) -> None:
         """Closes connections that were idle, or busy with one request or answer, for too long."""
@@ -460,6 +484,8 @@ class Server(TcpWSGIServer):
                 self.ready.watch_again(descriptor)
         elif channel := self.active_channels.get(descriptor):
             with channel.turn:
+                if not channel.connected:  # any more
+                    return
                 try:
                     channel.work(flags)
                 except Exception:
@@ -498,6 +524,13 @@ def has_arrival(sock: socket.socket) -> bool:
     """Whether there is something to read, or somebody to take in."""
     poll = select.poll()
     poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def has_ended(sock: socket.socket) -> bool:
+    """Whether a connection is broken, or ended by both sides."""
+    poll = select.poll()
+    poll.register(sock, 0)
     return bool(poll.poll(0))
 
 

@@ -57,6 +57,9 @@ READER = f"reader-{secrets.token_hex(6)}"
 LONG = request("GET", f"/api/{READER}/tasks", token=mint(READER))
 """Asks for 10 MB: more than the kernel keeps for a client that does not read."""
 
+AT_ONCE = struct.pack("ii", 1, 0)
+"""For SO_LINGER: the end is a reset."""
+
 ENDS = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
 
 Start = Callable[..., AbstractContextManager[Server]]
@@ -207,6 +210,12 @@ def count_threads(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
+def disk_use(pid: int) -> int:
+    """Bytes in its temporary files, which have no name."""
+    folder = Path(f"/proc/{pid}/fd")
+    return sum(fd.stat().st_size for fd in folder.iterdir() if "(deleted)" in os.readlink(fd))
+
+
 def peak_memory(pid: int) -> int:
     """The most that a process ever had, in MB."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
@@ -261,6 +270,21 @@ def test_requests_that_came_at_once_on_one_connection_are_all_answered(start: St
         answers = [wire.answer() for _ in titles]
         assert [answer.json["title"] for answer in answers] == titles
         assert [answer.headers.get("connection") for answer in answers] == [*[None] * 4, "close"]
+        assert_ends(server, within=5)
+
+
+def test_everything_that_has_arrived_on_one_connection_is_answered(start: Start, database_url: str) -> None:
+    """Also what the server has not read yet."""
+    titles = names(60)
+    with start() as server, Wire(server.url) as wire:
+        with tasks_locked(database_url) as wait_for:
+            wire.send(b"".join(map(create, titles)))
+            wait_for(1)
+            server.popen.send_signal(signal.SIGTERM)
+            wait_until_refused(server)
+        answers = [wire.answer() for _ in titles]
+        assert [answer.json["title"] for answer in answers] == titles
+        assert [answer.headers.get("connection") for answer in answers] == [*[None] * 59, "close"]
         assert_ends(server, within=5)
 
 
@@ -897,13 +921,76 @@ def test_what_is_large_and_half_sent_takes_no_memory(server: Server, name: str) 
 
 @pytest.mark.usefixtures("_reader")
 def test_clients_that_vanish_with_their_answers_under_way_leave_nothing(server: Server) -> None:
-    at_once = struct.pack("ii", 1, 0)  # SO_LINGER: the end is a reset
-
     def vanish(number: int) -> None:
         with Wire(server.url) as wire:
             wire.send((LONG if number % 20 == 0 else GET) * 3)
-            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
             time.sleep(number % 10 / 1000)
 
     with ThreadPoolExecutor(20) as pool:
         list(pool.map(vanish, range(400)))
+
+
+def test_a_client_is_not_taken_for_one_whose_number_it_was_given(start: Start) -> None:
+    """A thread comes late to what a client has sent, who was closed meanwhile; the next one has its descriptor."""
+    late = """
+def serve(self, descriptor, flags, f=server.Server._serve):
+    if descriptor != self._fileno: time.sleep(1)
+    f(self, descriptor, flags)
+server.Server._serve, server.MAX_CONNECTIONS = serve, 1
+"""
+    with start(late) as server, ExitStack() as stack:
+        for at_the_end in (False, True):
+            (first,) = connect(server, stack, 1)
+            first.send(LIVEZ)
+            if at_the_end:
+                first.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, AT_ONCE)
+                first.__exit__()
+            linger(0.2)
+            *_, last = connect(server, stack, 2)
+            linger(1.5)
+            assert last.send(LIVEZ).answer().status == 200
+        assert server.complaints == []
+
+
+def test_who_sends_as_the_connection_is_closed_is_no_defect(start: Start) -> None:
+    slow = """
+def close(*a, f=server.Channel.handle_close): time.sleep(0.5); f(*a)
+server.Channel.handle_close, server.IDLE_TIMEOUT, server.CLEANUP = close, 0.5, 0
+"""
+    with start(slow) as server, ExitStack() as stack:
+        (wire,) = connect(server, stack, 1)
+        linger(0.8)
+        assert wire.send(LIVEZ).is_closed()
+        assert server.stop() == 0
+        assert server.complaints == []
+
+
+def test_a_machine_that_has_no_more_threads_is_served_by_those_there_are(start: Start, database_url: str) -> None:
+    few = """
+import resource, threading
+threading.stack_size(2**30)
+resource.setrlimit(resource.RLIMIT_AS, (11 * 2**30, resource.RLIM_INFINITY))
+"""
+    with start(few) as server, ExitStack() as stack:
+        assert server.ask("GET", TASKS).status == 200  # the pool has its threads
+        wires = connect(server, stack, 20)
+        with tasks_locked(database_url) as wait_for:
+            for wire in wires:
+                wire.send(create())
+            wait_for(4)
+            linger(0.5)
+            assert server.popen.poll() is None
+        assert {wire.answer().status for wire in wires} == {201}
+        assert server.stop() == 0
+
+
+@pytest.mark.usefixtures("_reader")
+def test_no_more_than_one_answer_waits_for_a_slow_reader(start: Start) -> None:
+    with start() as server, Wire(server.url) as wire:
+        before = disk_use(server.popen.pid)
+        wire.send(LONG * 15)
+        linger(1)
+        assert disk_use(server.popen.pid) - before < 30_000_000
+        assert [len(wire.answer().json) for _ in range(15)] == [1000] * 15
+        assert server.stop() == 0
