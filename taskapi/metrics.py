@@ -80,7 +80,7 @@ class Figures(logging.Handler):
         self._seconds = Histogram("taskapi_request_seconds", "From a request's arrival to its answer.", ["route"])
         self._refused = Counter("taskapi_refused", "Requests refused.", ["reason"])
         self._tokens = Counter("taskapi_tokens", "Good tokens, by whether they were remembered.", ["remembered"])
-        self._age = Gauge("taskapi_key_set_age_seconds", "Since the key set was fetched.", multiprocess_mode="max")
+        self._age = Gauge("taskapi_key_set_age_seconds", "Since the key set was fetched.", multiprocess_mode="livemax")
         self._pool = Gauge(
             "taskapi_pool_connections",
             "Connections, and requests that wait for one.",

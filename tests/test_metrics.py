@@ -1,15 +1,19 @@
 """Figures for Prometheus: right for one process and for several, and at an address of their own."""
 
+import os
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from urllib.request import urlopen
 
 import pytest
 
 from taskapi import ConfigError, Settings
+from tests.issuers import Signer, publishing
 from tests.people import SECRET, mint
-from tests.processes import copied, environment, free_port, serving, started
+from tests.processes import copied, environment, free_port, serving, started, wait_until
 
 LIST = 'route="/api/{user_id}/tasks"'
 
@@ -44,6 +48,24 @@ def test_the_figures_are_right_whichever_process_served(database_url: str, tmp_p
     assert found['taskapi_tokens_total{remembered="true"}'] == 21 - verified
     assert found['taskapi_pool_connections{state="idle"}'] >= 1
     assert found['taskapi_pool_connections{state="waiting"}'] == 0
+
+
+def test_the_age_of_the_keys_that_a_process_had_ends_with_it(database_url: str, tmp_path: Path) -> None:
+    port = free_port()
+    signer = Signer.new("EdDSA")
+    with publishing(signer) as issuer, copied(tmp_path / "checkout") as folder:
+        variables = {"DATABASE_URL": database_url, "JWKS_URL": issuer.url, "METRICS": f"127.0.0.1:{port}"}
+        with serving(folder, variables, token=signer.token("ann")) as server:
+            assert server.ask("GET", "/api/ann/tasks").status == 200
+            time.sleep(1.5)
+            assert server.ask("GET", "/api/ann/tasks").status == 200
+            age = figures(port)["taskapi_key_set_age_seconds"]
+            assert age > 1
+            children = Path(f"/proc/{server.popen.pid}/task/{server.popen.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+            wait_until(lambda: "a worker ended" in server.stderr, "it is struck off")
+            assert server.ask("GET", "/api/ann/tasks").status == 200
+            assert figures(port)["taskapi_key_set_age_seconds"] < age
 
 
 def test_a_taken_address_is_one_line(database_url: str, tmp_path: Path) -> None:
