@@ -130,12 +130,12 @@ class Postgres(Cluster):
         return [pid for (pid,) in self.run(command, waiting_for)]
 
     def wait_for_backends(self, waiting_for: str, count: int = 1) -> list[int]:
-        """Waits until `count` of them wait for that event."""
+        """Waits until `count` of them, or more, wait for that event."""
         found: list[int] = []
 
         def look() -> bool:
             found[:] = self.backends(waiting_for)
-            return len(found) == count
+            return len(found) >= count
 
         wait_until(look, f"{count} backends wait for {waiting_for}")
         return found

@@ -216,6 +216,11 @@ def look(server: Server, cluster: Postgres) -> Use:
     return Use(time.monotonic(), memory // 1024, descriptors, threads, connections)
 
 
+def is_at_rest(before: Use, now: Use) -> bool:
+    """Whether what a load has taken is given back, but for connections to PostgreSQL."""
+    return now.descriptors <= before.descriptors + 9 and now.threads <= before.threads
+
+
 def told(server: Server) -> Iterator[dict[str, Any]]:
     """The server's log."""
     with open(f"/proc/self/fd/{server.err.fileno()}") as lines:  # a place to read of its own
@@ -364,7 +369,7 @@ def _soak(
         work.result()
     judge(people, outages, seconds, report)
     count += audit(server, cluster, people, report)
-    wait_until(lambda: look(server, cluster).descriptors <= before.descriptors + 9, "descriptors are given back")
+    wait_until(lambda: is_at_rest(before, look(server, cluster)), "descriptors and threads are given back")
     judge_uses(before, uses, look(server, cluster), report)
     judge_log(server, count + sum(len(one.answered) + len(one.refused) for one in people), report)
 

@@ -137,8 +137,8 @@ def holdings(server: Server, postgres: Postgres) -> tuple[int, int]:
 def is_whole(server: Server) -> bool:
     """Whether all threads are served by the database together, and none has to wait for another's connection."""
     start = time.monotonic()
-    answers = together(THREADS, lambda: create(server, "sleep 0.1"))
-    return {answer.status for answer in answers} == {201} and time.monotonic() - start < 0.3
+    answers = together(THREADS, lambda: create(server, "sleep 0.25"))
+    return {answer.status for answer in answers} == {201} and time.monotonic() - start < 0.5
 
 
 def log_of(server: Server) -> str:
@@ -221,7 +221,7 @@ def test_while_the_database_is_down_only_the_first_requests_wait(server: Server,
         with within(POOL_TIMEOUT + SLACK):
             assert {answer.status for answer in together(THREADS, lambda: create(server))} == {503}
         for _ in range(5):
-            with within(0.3):
+            with within(SLACK):
                 assert_unavailable(create(server), UNREACHABLE)
                 assert_unavailable(read(server), UNREACHABLE)
                 assert_unavailable(server.ask("GET", "/readyz"), "Not ready to serve.")
@@ -254,7 +254,7 @@ def assert_refusals_are_quick(server: Server) -> None:
         finally:
             ended.set()
         assert all(one.result() for one in insisting)
-    assert sorted(took)[len(took) // 2] < 0.1
+    assert sorted(took)[len(took) // 2] < SLACK / 2
 
 
 # In mid-traffic
@@ -379,14 +379,6 @@ def test_in_mid_traffic_nothing_is_lost_doubled_or_half_done(
         fault(postgres)
         back = time.monotonic()
     assert not set(before) & set(postgres.backends())
-    print(
-        {
-            k: [round(getattr(c, k) - (back if k == "last_failure" else 0), 2) for c in clients]
-            for k in ("slowest", "last_failure")
-        },
-        [len(c.states) for c in clients],
-        [len(c.doubtful) for c in clients],
-    )
     assert all(client.last_failure < back + RECOVERY for client in clients)
 
 
@@ -478,7 +470,7 @@ def test_while_all_of_postgresql_is_frozen_everybody_is_answered_in_time(server:
             for answer in together(THREADS, lambda: create(server, "never sent")):
                 assert_unavailable(answer, UNREACHABLE)
         for _ in range(3):
-            with within(0.3):
+            with within(SLACK):
                 assert_unavailable(read(server), UNREACHABLE)
         assert_refusals_are_quick(server)
     with within(RECOVERY):
@@ -606,9 +598,9 @@ def test_a_pool_that_cannot_grow_lets_requests_wait_for_each_other(server: Serve
     """And no longer than POOL_TIMEOUT."""
     with one_connection(postgres), ThreadPoolExecutor(THREADS) as threads:
         assert [answer.status for answer in together(THREADS, lambda: create(server, "sleep 0.2"))] == [201] * THREADS
-        slow = threads.submit(create, server, "sleep 2.4")
+        slow = threads.submit(create, server, "sleep 2.8")
         postgres.wait_for_backends("PgSleep")
-        with within(POOL_TIMEOUT + SLACK / 2, at_least=POOL_TIMEOUT):
+        with within(POOL_TIMEOUT + SLACK, at_least=POOL_TIMEOUT):
             for answer in together(THREADS - 1, lambda: create(server, "in vain")):
                 assert_unavailable(answer, UNREACHABLE)
         assert slow.result().status == 201
@@ -793,7 +785,7 @@ def test_a_standby_is_read_and_takes_changes_once_it_is_promoted(
         standby.promote()
         with within(RECOVERY):
             wait_until(lambda: create(another).status == 201, "a change is taken")
-        assert is_whole(another)
+        wait_until(lambda: is_whole(another), "the pool has grown")
 
 
 def test_a_failover_in_mid_traffic_loses_nothing(
@@ -812,7 +804,7 @@ def test_a_failover_in_mid_traffic_loses_nothing(
                 stack.callback(postgres.start)
                 standby.promote()
                 back = time.monotonic()
-            assert is_whole(another)
+            wait_until(lambda: is_whole(another), "the pool has grown")
         assert all(client.last_failure < back + RECOVERY for client in clients)
 
 

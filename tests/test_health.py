@@ -19,6 +19,7 @@ from tests.clusters import Postgres
 from tests.people import SECRET, mint
 from tests.processes import Answer, Server, Wire, ask, copied, serving, wait_until
 from tests.test_faults import SLACK, assert_unavailable, locked, within
+from tests.test_workers import make_patient
 
 USER = "ann"
 TASKS = f"/api/{USER}/tasks"
@@ -44,11 +45,10 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 @pytest.fixture(scope="module")
 def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     url = f"postgresql://app:{PASSWORD}@/postgres?host={conninfo_to_dict(postgres.login)['host']}"
-    with (
-        copied(tmp_path_factory.mktemp("served") / "checkout") as folder,
-        serving(folder, {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}, token=TOKEN) as server,
-    ):
-        yield server
+    with copied(tmp_path_factory.mktemp("served") / "checkout") as folder:
+        make_patient(folder)
+        with serving(folder, {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}, token=TOKEN) as server:
+            yield server
 
 
 def health(server: Server, path: str) -> Answer:
@@ -129,7 +129,7 @@ def test_keys_that_are_missing_are_told_in_the_log_and_found_once_they_are_there
             issuer.up()
             wait_until(lambda: is_told(another, '"reason": "Expecting value'), "it is no JSON")
             issuer.behave = issuers.answer(b'{"keys": []}')
-            wait_until(lambda: is_told(another, "no key") and issuer.fetches == 2, "there is none")
+            wait_until(lambda: is_told(another, "no key") and issuer.fetches >= 2, "there is none")
             assert another.stderr.count("no key to verify") == another.stderr.count('"status": 503')
             issuer.behave = issuers.publish
             with within(COOLDOWN + SLACK):
