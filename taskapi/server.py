@@ -66,7 +66,7 @@ THREADS = 4
 """Threads that serve. They take turns with the interpreter; so many keep it busy while others wait for the database to
 commit."""
 
-MAX_THREADS = 64
+MAX_THREADS = 256
 """Threads at most, while those that there are wait for a database that does not answer, or for a lock."""
 
 PATIENCE = 0.05

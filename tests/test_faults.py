@@ -136,8 +136,9 @@ def holdings(server: Server, postgres: Postgres) -> tuple[int, int]:
 
 def is_whole(server: Server) -> bool:
     """Whether all threads are served by the database together, and none has to wait for another's connection."""
+    users = iter([f"{USER}-{n}" for n in range(THREADS)])  # what one creates waits for what the same one does
     start = time.monotonic()
-    answers = together(THREADS, lambda: create(server, "sleep 0.25"))
+    answers = together(THREADS, lambda: create(server, "sleep 0.25", next(users)))
     return {answer.status for answer in answers} == {201} and time.monotonic() - start < 0.5
 
 
@@ -159,8 +160,8 @@ def within(seconds: float, at_least: float = 0) -> Iterator[None]:
     assert at_least <= time.monotonic() - start < seconds
 
 
-def create(server: Server, title: str = "Buy milk") -> Answer:
-    return server.ask("POST", TASKS, {"title": title, "description": PRIVATE})
+def create(server: Server, title: str = "Buy milk", user: str = USER) -> Answer:
+    return server.ask("POST", f"/api/{user}/tasks", {"title": title, "description": PRIVATE}, mint(user))
 
 
 def read(server: Server) -> Answer:
@@ -426,8 +427,12 @@ def test_a_change_whose_backend_ends_before_it_happened_may_have_happened(
 ) -> None:
     with ThreadPoolExecutor(1) as threads:
         answer = threads.submit(create, server, f"sleep 2 {number}")
-        os.kill(postgres.wait_for_backends("PgSleep")[0], number)
+        [pid] = postgres.wait_for_backends("PgSleep")
+        everyone = postgres.backends()
+        os.kill(pid, number)
         assert_unavailable(answer.result(), UNKNOWN)
+    gone = everyone if number == signal.SIGKILL else [pid]  # see crash_of_a_backend
+    wait_until(lambda: not postgres.processes.intersection(gone), "who ends has ended")
     with within(RECOVERY):
         wait_until(lambda: found(read(server)), "a crash is recovered from")
     assert count(postgres, f"sleep 2 {number}") == 0
@@ -493,11 +498,12 @@ def test_a_request_of_several_statements_takes_no_longer_than_one_of_one(server:
 
 def test_a_crowd_that_waits_for_a_frozen_database_does_not_hold_up_refusals(server: Server, postgres: Postgres) -> None:
     """As many as come together before the first has waited in vain."""
-    with postgres.frozen(), ThreadPoolExecutor(40) as threads:
-        waiting = [threads.submit(read, server) for _ in range(40)]
+    with postgres.frozen(), ThreadPoolExecutor(200) as threads:
+        waiting = [threads.submit(read, server) for _ in range(200)]
         with within(SLACK):
             for _ in range(3):
                 assert server.ask("GET", TASKS, token="no.good.one").status == 401
+                assert server.ask("GET", "/livez").status == 200
         assert not any(one.done() for one in waiting)
         with within(BOUND):
             for one in waiting:
