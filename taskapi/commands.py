@@ -87,7 +87,7 @@ group = Commands(
 )
 
 
-@group.command("migrate")
+@group.command()
 def migrate() -> None:
     """Bring the database's schema up to date.
 
@@ -101,7 +101,7 @@ def migrate() -> None:
     click.echo("\n".join(f"applied {name}" for name in names) or "the schema is up to date")
 
 
-@group.command("token")
+@group.command()
 @click.argument("user", type=_user_id)
 @click.option("--email", help="The person's address, kept with the first task.")
 @click.option("--expires", type=_duration, metavar="DURATION", default="1h", show_default=True, help="90s, 15m, 1h, 7d")
@@ -121,7 +121,7 @@ def token(user: str, email: str | None, expires: timedelta) -> None:
     click.echo(auth.issue(settings, user, expires, email))
 
 
-@group.command("check")
+@group.command()
 @AS_JSON
 def check(as_json: bool) -> None:
     """Say whether all is well, or what to do.
@@ -142,7 +142,7 @@ def check(as_json: bool) -> None:
         raise SystemExit(1)
 
 
-@group.command("export")
+@group.command()
 @click.argument("user", type=_user_id)
 def export(user: str) -> None:
     """Print the tasks of USER as lines of JSON.
@@ -164,7 +164,7 @@ def export(user: str) -> None:
     sys.stdout.buffer.flush()  # here, where a closed pipe ends it quietly
 
 
-@group.command("delete-user")
+@group.command()
 @click.argument("user", type=_user_id)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_user(user: str, yes: bool) -> None:
@@ -192,7 +192,7 @@ def delete_user(user: str, yes: bool) -> None:
     click.echo(f"deleted {user!r}, tasks: {count}")
 
 
-@group.command("explain")
+@group.command()
 @click.option("--user", type=_user_id, metavar="USER", help="Whose requests; by default of somebody average.")
 @AS_JSON
 def explain(user: str | None, as_json: bool) -> None:
@@ -250,7 +250,7 @@ def _remedy(error: Exception) -> str:
     if isinstance(error, (psycopg.OperationalError, ConnectionLost)) and not getattr(error, "sqlstate", None):
         return (
             f"the database cannot be reached ({first_line(error)}): "
-            "start it, or set DATABASE_URL; a try-out's runs while `python wsgi.py` does"
+            "start it, or set DATABASE_URL; that of a try-out runs while `python wsgi.py` runs"
         )
     return first_line(error)
 

@@ -100,14 +100,14 @@ class Settings:
 
     def _check_server(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"PORT is {self.port}: choose one from 0 (any free one) to 65535")
+            raise ConfigError("PORT is no number from 0 (any free one) to 65535")
         try:
             if self.trusted_proxy is not None and self.trusted_proxy != str(ipaddress.ip_address(self.trusted_proxy)):
                 raise ValueError
         except ValueError:
             raise ConfigError("TRUSTED_PROXY is no IP address in its short form: 127.0.0.1, ::1") from None
         if not 1 <= self.web_concurrency <= 64:
-            raise ConfigError(f"WEB_CONCURRENCY is {self.web_concurrency}: set how many processes serve, from 1 to 64")
+            raise ConfigError("WEB_CONCURRENCY is no number from 1 to 64: how many processes serve")
 
     @property
     def key_set_url(self) -> str | None:
@@ -152,13 +152,9 @@ def _is_http(url: str) -> bool:
     )
 
 
-def _number(name: str, remedy: str) -> Callable[[str], int]:
-    def parse(value: str) -> int:
-        if not (value.isascii() and value.isdigit() and len(value) < 10):
-            raise ConfigError(f"{name} is no number: {remedy}")
-        return int(value)
-
-    return parse
+def _number(value: str) -> int:
+    """The number, or one that is out of every range."""
+    return int(value) if re.fullmatch("[0-9]{1,9}", value) else -1
 
 
 def _address(value: str) -> tuple[str, int]:
@@ -208,7 +204,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "METRICS": ("metrics", _address),
     "DOCS": ("docs", _switch),
     "HOST": ("host", str),
-    "PORT": ("port", _number("PORT", "choose one from 0 (any free one) to 65535")),
-    "WEB_CONCURRENCY": ("web_concurrency", _number("WEB_CONCURRENCY", "set how many processes serve, from 1 to 64")),
+    "PORT": ("port", _number),
+    "WEB_CONCURRENCY": ("web_concurrency", _number),
 }
 """Each variable of the environment, with the setting that it fills and how it is read."""

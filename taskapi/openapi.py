@@ -29,6 +29,9 @@ problem (RFC 9457).
 HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not told here is 405, and `Allow` names
 those that go. What is no HTTP, or has too large a head, is refused as 400, 431 or 501 before it is anybody's request. A
 body may have {MAX_BODY:,} bytes, an array {MAX_BULK:,}.
+
+Where pages on other origins are let in, answers to them carry `Vary` and the `Access-Control-` headers of the Fetch
+standard.
 """
 
 EXAMPLE = {

@@ -197,7 +197,8 @@ def test_a_tryout_that_does_not_run_is_1_and_a_line(folder: Path) -> None:
         ended = shell(f"flask --app wsgi taskapi {name}", folder, environment())
         assert ended.returncode == 1
         assert (
-            "No such file or directory): start it, or set DATABASE_URL; a try-out's runs" in ended.stdout + ended.stderr
+            "No such file or directory): start it, or set DATABASE_URL; that of a try-out runs"
+            in ended.stdout + ended.stderr
         )
 
 
@@ -292,7 +293,7 @@ def test_what_cannot_be_reached_is_told_without_its_passwords() -> None:
         {
             "database": "the database cannot be reached (connection failed: connection to server at "
             '"127.0.0.1", port 1 failed: Connection refused): start it, or set DATABASE_URL; '
-            "a try-out's runs while `python wsgi.py` does",
+            "that of a try-out runs while `python wsgi.py` runs",
             "schema": NOT_CHECKED,
             "row-level security": NOT_CHECKED,
             "keys": "no key set at http://127.0.0.1:1/keys ([Errno 111] Connection refused): "

@@ -1,5 +1,6 @@
 """The README is true: its lines run, and it names every route and setting."""
 
+import json
 import os
 import re
 import secrets
@@ -49,6 +50,15 @@ def test_ci_runs_the_readmes_own_test_line(checkout: Path) -> None:
     shown = subprocess.run(["bash", "-c", find[1]], cwd=checkout, capture_output=True, text=True, check=True)
     assert shown.stdout == block("Test it")
     assert 'eval "$line"' in script
+
+
+def test_answers_are_as_it_shows_them(alice: Person) -> None:
+    task, problem = (
+        json.loads(shown) for shown in re.findall(r"^```json\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    )
+    told = {name: task[name] for name in ("id", "user_id", "created_at", "updated_at")}  # these differ each time
+    assert [*(alice.create("Buy milk") | told).items()] == [*task.items()]
+    assert alice.request("POST", json={"title": " "}).json == problem
 
 
 MISSING = [tool for tool in ("curl", "jq") if not shutil.which(tool)]
