@@ -369,7 +369,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Cf", "Z"]), min_s
 WRITES = st.lists(st.tuples(st.sampled_from(["create", "update", "delete"]), st.integers(0, 99), TEXTS), max_size=3)
 
 
-@pytest.mark.parametrize("sort", ["created_at", "-created_at", "due_at", "-due_at", "-priority", "title", "-title"])
+@pytest.mark.parametrize("sort", SORTS)
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_pages_show_each_row_that_stays_once_while_others_are_written(alice: Person, sort: str, data: Any) -> None:

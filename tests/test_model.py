@@ -2,6 +2,7 @@
 ever sees or changes what is another's."""
 
 import secrets
+import unicodedata
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -21,11 +22,11 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from taskapi.schemas import PRIORITIES
+from taskapi.schemas import PRIORITIES, SORTS
 from tests.people import Answer, Person, assert_problem
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20)
-TITLES = (TEXT | st.sampled_from(["a" * 500, "🦀", "' OR true --"])).filter(
+TITLES = (TEXT | st.sampled_from(["a" * 500, "🦀", "' OR true --", "zz top", "QQ ẓZ"])).filter(
     lambda t: any(c.isprintable() for c in t.strip())
 )
 DESCRIPTIONS = st.none() | TEXT
@@ -38,6 +39,15 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 DEFAULTS: dict[str, Any] = {"description": None, "is_completed": False, "due_at": None, "priority": "none", "tags": []}
 BODIES = st.fixed_dictionaries(TITLE, optional=OTHERS)
+
+
+def words(task: dict[str, Any]) -> set[str]:
+    """Which of these two are found in a task, whatever their case and accents."""
+    text = unicodedata.normalize("NFKD", " ".join([task["title"], task["description"] or "", *task["tags"]])).lower()
+    text = "".join(character for character in text if not unicodedata.combining(character))
+    return {word for word in ("zz", "qq") if word in text}
+
+
 FILTERS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "is_completed=true": lambda task: task["is_completed"] is True,
     "is_completed=false&priority=high&priority=low": lambda task: (
@@ -49,6 +59,8 @@ FILTERS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "due_after=2000-01-01T00:00:00Z": lambda task: (
         task["due_at"] is not None and task["due_at"] > "2000-01-01T00:00:00+00:00"
     ),
+    "q=zz+Qq": lambda task: {"zz", "qq"} <= words(task),
+    "q=%C5%BCZ&is_completed=false": lambda task: "zz" in words(task) and not task["is_completed"],
 }
 NAMES = ("ann", "ben", "ann ", "Ann", "ann/tasks")
 
@@ -110,15 +122,23 @@ class Machine(RuleBasedStateMachine):
         response = self.people[caller].request("PUT", f"/{task[1]}", json=body)
         self.check(task, caller, response, {**body, **({"title": body["title"].strip()} if "title" in body else {})})
 
-    @rule(task=tasks, title=TITLES, is_current=st.booleans())
-    def update_if_it_is_as_it_was(self, task: tuple[str, int], title: str, is_current: bool) -> None:
-        person, path, known = self.people[task[0]], f"/{task[1]}", self.model[task[0]].get(task[1])
+    @rule(task=tasks, title=TITLES, is_current=st.booleans(), method=st.sampled_from(["GET", "PUT", "PATCH", "DELETE"]))
+    def do_if_it_is_as_it_was(self, task: tuple[str, int], title: str, is_current: bool, method: str) -> None:
+        person, known = self.people[task[0]], self.model[task[0]].get(task[1])
         tag = f'"{known["updated_at"]}"' if known and is_current else '"2000-01-01T00:00:00+00:00"'
-        response = person.request("PUT", path, json={"title": title}, headers={"If-Match": tag})
-        if known and not is_current:
+        path = f"/{task[1]}/complete" if method == "PATCH" else f"/{task[1]}"
+        bodies: dict[str, Any] = {"PUT": {"title": title}, "PATCH": {"is_completed": is_current}}
+        condition = "If-None-Match" if method == "GET" else "If-Match"
+        response = person.request(method, path, json=bodies.get(method), headers={condition: tag})
+        if known and method == "GET" and is_current:
+            assert (response.status_code, response.data) == (304, b"")
+        elif known and method != "GET" and not is_current:
             assert_problem(response, 412)
         else:
-            self.check(task, task[0], response, {"title": title.strip()})
+            changes: dict[str, Any] = {"PUT": {"title": title.strip()}, "PATCH": bodies["PATCH"]}
+            self.check(task, task[0], response, changes.get(method, {}))
+            if method == "DELETE":
+                self.model[task[0]].pop(task[1], None)
 
     @rule(name=st.sampled_from(NAMES), query=st.sampled_from([*FILTERS]))
     def choose(self, name: str, query: str) -> None:
@@ -127,27 +147,45 @@ class Machine(RuleBasedStateMachine):
         assert response.json == chosen
         assert response.headers["X-Total-Count"] == f"{len(chosen)}"
 
-    @rule(name=st.sampled_from(NAMES), query=st.sampled_from([*FILTERS]))
-    def clear(self, name: str, query: str) -> None:
-        response = self.people[name].request("DELETE", query_string=query)
+    @rule(task=tasks)
+    def poll(self, task: tuple[str, int]) -> None:
+        """What was changed since a task was."""
+        if known := self.model[task[0]].get(task[1]):
+            response = self.people[task[0]].request("GET", query_string={"updated_since": known["updated_at"]})
+            assert response.json == [
+                one for one in self.model[task[0]].values() if one["updated_at"] >= known["updated_at"]
+            ]
+
+    @rule(name=st.sampled_from(NAMES), query=st.sampled_from([*FILTERS]), is_current=st.none() | st.booleans())
+    def clear(self, name: str, query: str, is_current: bool | None) -> None:
+        """If the list is as it was, where `is_current` is not None."""
+        person = self.people[name]
+        tags = {True: person.request("GET").headers["ETag"], False: '"1"'}
+        headers = {} if is_current is None else {"If-Match": tags[is_current]}
+        response = person.request("DELETE", query_string=query, headers=headers)
+        if is_current is False:
+            assert_problem(response, 412)
+            return
         assert response.json == [task for task in self.model[name].values() if FILTERS[query](task)]
         self.model[name] = {id: task for id, task in self.model[name].items() if not FILTERS[query](task)}
 
-    @rule(name=st.sampled_from(NAMES), sort=st.sampled_from(["created_at", "-created_at"]), limit=st.integers(1, 3))
+    @rule(name=st.sampled_from(NAMES), sort=st.sampled_from(SORTS), limit=st.integers(1, 3))
     def leaf_through(self, name: str, sort: str, limit: int) -> None:
         person, found = self.people[name], []
         response = person.request("GET", query_string={"sort": sort, "limit": limit})
         while True:
             found += response.json
-            if "Link" not in response.headers:
+            if "Link" not in response.headers or len(found) > len(self.model[name]):
                 break
             response = person.open(response.headers["Link"].partition(">")[0][1:])
-        step = 1 if sort == "created_at" else -1
+        member = sort.lstrip("-")
 
-        def place(task: dict[str, Any]) -> float:
-            return step * datetime.fromisoformat(task["created_at"]).timestamp()
+        def place(task: dict[str, Any]) -> Any:
+            return PRIORITIES.index(task[member]) if member == "priority" else task[member]
 
-        assert found == sorted(self.model[name].values(), key=place)
+        by_id = sorted(self.model[name].values(), key=lambda task: task["id"])
+        known = sorted((task for task in by_id if task[member] is not None), key=place, reverse=sort.startswith("-"))
+        assert found == [*known, *(task for task in by_id if task[member] is None)]
 
     @rule(name=st.sampled_from(NAMES))
     def ask_for_what_is_new(self, name: str) -> None:
