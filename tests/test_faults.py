@@ -830,38 +830,6 @@ def test_a_server_that_takes_no_more_changes_is_left_for_one_that_does(
             assert standby.run("SELECT count(*) FROM taskapi.tasks WHERE title = 'too late'") == [(0,)]
 
 
-# The server killed
-
-
-def test_of_a_thousand_creates_under_way_when_the_server_is_killed_every_promise_is_kept(
-    postgres: Postgres, checkout_to_serve: Path
-) -> None:
-    promised: list[str] = []
-    user = f"crowd-{secrets.token_hex(6)}"
-
-    def insist(url: str) -> None:
-        with contextlib.suppress(OSError, AssertionError), Wire(url) as wire:  # until the server is no more
-            for _ in range(50):
-                title = secrets.token_hex(6)
-                body = json.dumps({"title": title, "description": f"All of {title}"}).encode()
-                sent = request("POST", f"/api/{user}/tasks", token=mint(user), body=body)
-                if wire.send(sent).answer().status == 201:
-                    promised.append(title)
-
-    with serving_from(postgres.login, checkout_to_serve) as another, ThreadPoolExecutor(20) as threads:
-        for _ in range(20):
-            threads.submit(insist, another.url)
-        wait_until(lambda: len(promised) > 300, "work is under way")
-        assert another.stop(signal.SIGKILL) == -signal.SIGKILL
-    assert len(promised) < 1_000
-    wait_until(lambda: len(postgres.backends()) <= 8, "its backends have ended")
-    rows = dict(postgres.run("SELECT title, description FROM taskapi.tasks WHERE user_id = %s", user))
-    assert set(promised) <= set(rows)
-    assert len(rows) <= len(promised) + 20
-    assert all(description == f"All of {title}" for title, description in rows.items())
-    assert postgres.run("SELECT count(*) FROM taskapi.users WHERE id = %s", user) == [(1,)]
-
-
 # A pool that an estate lends
 
 

@@ -407,6 +407,36 @@ def test_no_connection_to_the_database_outlives_the_end(start: Start, database_u
         wait_until(lambda: conn.execute(count, [name]).fetchone() == (0,), "PostgreSQL has noticed")
 
 
+def test_of_a_thousand_creates_under_way_when_the_server_is_killed_every_promise_is_kept(
+    start: Start, conn: psycopg.Connection, database_url: str
+) -> None:
+    user = f"crowd-{secrets.token_hex(6)}"
+    titles, token = names(1_000), mint(user)
+    sessions: LiteralString = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+    kept: LiteralString = "SELECT title, description FROM taskapi.tasks WHERE user_id = %s"
+    with start(DATABASE_URL=make_conninfo(database_url, application_name=user)) as server, ExitStack() as stack:
+        wires = dict(zip(titles, connect(server, stack, len(titles)), strict=True))
+        for title, wire in wires.items():
+            body = json.dumps({"title": title, "description": f"All of {title}"}).encode()
+            wire.send(request("POST", f"/api/{user}/tasks", token=token, body=body))
+        for title in titles[:200]:
+            assert wires[title].answer().status == 201
+        assert conn.execute(sessions, [user]).fetchone() != (0,)
+        server.popen.kill()
+        promised = {*titles[:200]}
+        for title in titles[200:]:
+            with contextlib.suppress(OSError, AssertionError):  # the end of the connection
+                assert wires[title].answer().status == 201
+                promised.add(title)
+    assert len(promised) < len(titles)
+    wait_until(lambda: conn.execute(sessions, [user]).fetchone() == (0,), "its sessions have ended")
+    conn.execute("SELECT set_config('taskapi.user_id', %s, false)", [user])
+    rows: dict[str, str] = dict(conn.execute(kept, [user]).fetchall())
+    assert promised <= rows.keys()
+    assert len(rows) <= len(promised) + 8  # what a connection to PostgreSQL each had been sent
+    assert all(description == f"All of {title}" for title, description in rows.items())
+
+
 @pytest.mark.parametrize("at", ["listen", "create_app", "click.echo", "serve", "Server", "Server.serve"])
 def test_a_signal_while_it_starts_ends_it(folder: Path, database_url: str, at: str) -> None:
     env = environment(DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)
