@@ -9,8 +9,9 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from flask import Flask
@@ -99,7 +100,12 @@ class Figures(logging.Handler):
             self._refused.labels(fields["reason"]).inc()
         if fields["remembered"] is not None:
             self._tokens.labels(str(fields["remembered"]).lower()).inc()
-        for state, number in self._database.pool_use().items():
-            self._pool.labels(state).set(number)
-        if (age := self._guard.key_set_age()) is not None:
-            self._age.set(age)
+
+    def watch(self) -> NoReturn:
+        """Tells each second what no request does, least of all while all of them wait."""
+        while True:
+            for state, number in self._database.pool_use().items():
+                self._pool.labels(state).set(number)
+            if (age := self._guard.key_set_age()) is not None:
+                self._age.set(age)
+            time.sleep(1)

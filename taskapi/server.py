@@ -613,7 +613,9 @@ def serve(settings: Settings, sock: socket.socket, is_tryout: bool, goes_on: Cal
     server = Server(app, sock, settings.trusted_proxy)
     _on_end(server.stop)
     if settings.metrics:
-        logging.getLogger("taskapi").addHandler(metrics.Figures(app))
+        figures = metrics.Figures(app)
+        logging.getLogger("taskapi").addHandler(figures)
+        threading.Thread(target=figures.watch, name="taskapi-figures", daemon=True).start()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
     threading.Thread(target=database(app).check, name="taskapi-check", daemon=True).start()  # it may hang
     server.serve(goes_on)
