@@ -3,7 +3,7 @@
 import functools
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote
@@ -137,11 +137,9 @@ class TaskSchema(Schema):
     )
 
 
-class _Flag(fields.Boolean):
-    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> bool:
-        if value not in ("true", "false"):
-            raise ValidationError("Must be true or false.")
-        return bool(value == "true")
+_flag = functools.partial(
+    fields.Boolean, truthy={"true"}, falsy={"false"}, error_messages={"invalid": "Must be true or false."}
+)
 
 
 class _Limit(fields.Integer):
@@ -157,7 +155,7 @@ class FilterSchema(Schema):
     class Meta:
         unknown = RAISE
 
-    is_completed = _Flag(metadata={"description": "Completed tasks, or open ones."})
+    is_completed = _flag(metadata={"description": "Completed tasks, or open ones."})
     priority = fields.List(
         fields.String(validate=validate.OneOf(PRIORITIES)),
         metadata={"description": "Tasks of any of these priorities."},
@@ -190,7 +188,7 @@ class ListSchema(FilterSchema):
         metadata={"minimum": 1, "maximum": MAX_TASKS, "description": "How many tasks a page has."},
     )
     cursor = fields.String(metadata={"description": "Where a page begins: only as it stands in `Link`."})
-    count = _Flag(metadata={"description": "Whether to answer `X-Total-Count`."})
+    count = _flag(metadata={"description": "Whether to answer `X-Total-Count`."})
 
 
 TASK = TaskSchema()
@@ -256,7 +254,7 @@ def _loaded(schema: Schema, given: dict[str, Any]) -> dict[str, Any]:
     return dict.fromkeys(schema.fields) | loaded
 
 
-def refuse_parameters(errors: Iterator[tuple[str, str]] | list[tuple[str, str]]) -> NoReturn:
+def refuse_parameters(errors: Iterable[tuple[str, str]]) -> NoReturn:
     """Ends the request with 422 for these parameters."""
     listed = [{"parameter": name, "detail": detail} for name, detail in errors]
     abort(problem(422, "A parameter breaks a rule.", errors=listed[:MAX_ERRORS]))
