@@ -285,13 +285,14 @@ class Database:
 
         Under a lock, so that processes which start together wait for the first and then find nothing to do.
         """
-        with self.session() as conn, conn.transaction():
+        with self.session() as conn, conn.transaction(), _cursor(conn) as cursor:
             for name in ("lock_migrations", "create_schema", "create_migrations"):
-                conn.execute(statement(name))
-            missing = sorted(migrations().keys() - applied(conn))
+                cursor.execute(statement(name))
+            applied = {name for (name,) in cursor.execute(statement("list_migrations"))}
+            missing = sorted(migrations().keys() - applied)
             for name in missing:
-                conn.execute(migrations()[name])
-                conn.execute(statement("record_migration"), {"name": name})
+                cursor.execute(migrations()[name])
+                cursor.execute(statement("record_migration"), {"name": name})
         return missing
 
 
@@ -340,12 +341,6 @@ def _is_dead(conn: psycopg.Connection[Any]) -> bool:
     except (psycopg.Error, ConnectionLost):
         return True
     return False
-
-
-def applied(conn: psycopg.Connection[Any]) -> set[str]:
-    """The names of the migrations that the database has."""
-    with _cursor(conn) as cursor:
-        return {name for (name,) in cursor.execute(statement("list_migrations"))}
 
 
 def _cursor(conn: psycopg.Connection[Any]) -> psycopg.Cursor[TupleRow]:
