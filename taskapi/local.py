@@ -78,6 +78,7 @@ class Cluster:
         name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
         self.folder = folder
         self._data = folder / "postgres"
+        self._pid_file = self._data / "postmaster.pid"
         self._socket = Path("/tmp", f"taskapi-{os.getuid()}-{name}")  # noqa: S108 - a socket's path has 107 bytes
         self._process: subprocess.Popen[bytes] | None = None  # where it is we who started it
         self.url = f"postgresql://postgres@/postgres?host={self._socket}"
@@ -118,7 +119,7 @@ class Cluster:
             deadline = time.monotonic() + STOP_TIMEOUT
             with contextlib.suppress(OSError, ValueError, IndexError):
                 os.kill(int(self._pid_file_lines()[0]), signal_number)
-            while self._pid_file().exists() and time.monotonic() < deadline:
+            while self._pid_file.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
         if self._process:
             self._process.wait()
@@ -155,16 +156,13 @@ class Cluster:
         would remove a guard with it: the shared memory that it names. The socket's lock guards nothing else."""
         with contextlib.suppress(FileNotFoundError):
             _, *rest = self._pid_file_lines()
-            self._pid_file().write_bytes(b"\n".join([b"%d" % os.getpid(), *rest]))
+            self._pid_file.write_bytes(b"\n".join([b"%d" % os.getpid(), *rest]))
         for left in self._socket.iterdir():
             left.unlink()
 
-    def _pid_file(self) -> Path:
-        return self._data / "postmaster.pid"
-
     def _pid_file_lines(self) -> list[bytes]:
         """As bytes: the second is a path, which is no text of any encoding."""
-        return self._pid_file().read_bytes().split(b"\n")
+        return self._pid_file.read_bytes().split(b"\n")
 
     def _is_ready(self) -> bool:
         """What postmaster.pid says last: starting, ready, stopping."""
@@ -190,14 +188,8 @@ class Cluster:
             raise ConfigError(f"the embedded PostgreSQL needs a user with a name ({error}): set DATABASE_URL") from None
 
     def _popen_postgres(self) -> subprocess.Popen[bytes]:
-        settings = {
-            "listen_addresses": "",
-            "unix_socket_directories": str(self._socket),
-            "unix_socket_permissions": "0700",
-        }
-        return self._popen(
-            "postgres", "-D", str(self._data), *[f"--{name}={value}" for name, value in settings.items()]
-        )
+        where = ("--listen_addresses=", f"--unix_socket_directories={self._socket}", "--unix_socket_permissions=0700")
+        return self._popen("postgres", "-D", str(self._data), *where)
 
     def _popen(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
         """Starts a program of PostgreSQL: never as root, in a session of its own (Ctrl-C is for us), and without the
