@@ -11,16 +11,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from flask import Flask
 
+from .auth import Guard
 from .config import ConfigError
 from .db import database
-
-if TYPE_CHECKING:
-    from .auth import Guard
 
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """The variable by which prometheus_client finds that folder; it must be set before its first import."""
