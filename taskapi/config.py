@@ -143,13 +143,7 @@ def _is_http(url: str) -> bool:
         _ = parts.port
     except ValueError:  # no port has that number, no host that name
         return False
-    return (
-        parts.scheme in ("http", "https")
-        and bool(parts.hostname)
-        and url.isascii()
-        and url.isprintable()
-        and " " not in url
-    )
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and bool(re.fullmatch("[!-~]+", url))
 
 
 def _number(value: str) -> int:
