@@ -92,8 +92,7 @@ class KeySet:
     @property
     def generation(self) -> int:
         """Grows whenever keys come or go: what was verified under another number is to be verified again."""
-        if (age := self.age) > REFRESH:
-            self._fetch(wait=age > 2 * REFRESH)
+        self._refresh()
         return self._generation
 
     @property
@@ -103,24 +102,26 @@ class KeySet:
 
     def is_ready(self) -> bool:
         """Whether any key is known; if not, the issuer is asked."""
-        _ = self.generation
+        self._refresh()
         if not self._keys:  # a new Better Auth has none yet
             self._fetch(wait=True)
         return bool(self._keys)
 
     def find(self, algorithm: str, kid: str | None) -> Sequence[Any]:
         """The keys that may have signed so; none, if the issuer has none. Raises KeysUnavailable."""
-        _ = self.generation
+        self._refresh()
         known = any(algorithm in key.algorithms and kid in (None, key.kid) for key in self._keys)
         current = known or self._fetch(wait=True)
-        keys = [
-            key.key
-            for key in self._keys
-            if algorithm in key.algorithms and (kid is None or key.kid is None or key.kid == kid)
-        ]
+        usable = [key for key in self._keys if algorithm in key.algorithms]
+        keys = [key.key for key in usable if kid is None or key.kid in (None, kid)]
         if not keys and not current:
             raise KeysUnavailable
         return keys
+
+    def _refresh(self) -> None:
+        """Fetches old keys anew, beside the request; what is too old is waited for."""
+        if (age := self.age) > REFRESH:
+            self._fetch(wait=age > 2 * REFRESH)
 
     def _fetch(self, *, wait: bool) -> bool:
         """Starts a fetch, unless one is under way or ended just now. Returns whether the last one succeeded.
