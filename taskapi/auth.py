@@ -156,10 +156,8 @@ class Guard:
             self._verified[digest] = verified
 
     def _user_id(self, claims: dict[str, Any]) -> str:
-        for path in self.settings.user_claims:
-            value = _find(claims, path)
-            if value is not _MISSING:
-                break
+        found = (_find(claims, path) for path in self.settings.user_claims)
+        value = next((one for one in found if one is not _MISSING), None)
         if not isinstance(value, str) or not is_user_id(value):
             raise InvalidToken("The token names no user.")
         return value

@@ -74,7 +74,8 @@ def create_task(user_id: str) -> Response:
     key = conditions.idempotency_key()
     repeat = {"key": key, "digest": key and conditions.digest([tasks, is_array])}
     person = {"email": g.taskapi_user.email, "name": g.taskapi_user.name}
-    if key is None or (row := _first_answer(repeat)) is None:
+    row = None if key is None else _first_answer(repeat)
+    if row is None:
         row = database().run("create_tasks", {"user_id": user_id, "tasks": json.dumps(tasks), **repeat, **person})
         if row and row[3] == b"t":
             event("new user", user=user_id)
@@ -169,12 +170,12 @@ def _change(statement: str, **params: Any) -> Response:
     """The task that a statement changed, if it was in a state that the request allows (else 412)."""
     if_match = conditions.if_match()
     row = database().run(statement, {"user_id": g.taskapi_user.id, **params, "if_match": if_match})
-    if row is None and if_match is not None:
-        _run("get_task", id=params["id"])
-        return _precondition_failed()
-    if row is None:
+    if row:
+        return _answer(row[0], row[1])
+    if if_match is None:
         abort(404)
-    return _answer(row[0], row[1])
+    _run("get_task", id=params["id"])  # 404 where there is none
+    return _precondition_failed()
 
 
 def _precondition_failed() -> Response:
@@ -183,11 +184,10 @@ def _precondition_failed() -> Response:
 
 def _first_answer(repeat: dict[str, Any]) -> tuple[bytes, ...] | None:
     """What this request was answered when it came first, if it is not the first."""
-    if row := database().run("get_first_answer", {"user_id": g.taskapi_user.id, **repeat}):
-        if row[3] != b"t":
-            conditions.refuse_key("Was used for another request.")
-        return row
-    return None
+    row = database().run("get_first_answer", {"user_id": g.taskapi_user.id, **repeat})
+    if row and row[3] != b"t":
+        conditions.refuse_key("Was used for another request.")
+    return row
 
 
 def _run(statement: str, by_values: bool = False, **params: Any) -> tuple[bytes, ...]:
