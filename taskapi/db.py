@@ -173,7 +173,6 @@ class Database:
         if isinstance(error, SchemaBehind):
             return NOT_READY
         if isinstance(error, NO_CONNECTION):
-            self._is_down = isinstance(error, psycopg_pool.PoolTimeout)
             return UNREACHABLE
         state = error.sqlstate or ""
         detail = FAULTS.get(state) or FAULTS.get(state[:2])
@@ -207,14 +206,18 @@ class Database:
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
     def _borrow(self, seconds: float = POOL_TIMEOUT) -> psycopg.Connection[Any]:
-        """A connection that lives, waited for no longer than that, nor than POOL_TIMEOUT. After one that was waited for
-        in vain nobody waits, until there is one again."""
+        """A live connection, waited for POOL_TIMEOUT or so many seconds at most. After one that was waited for in vain
+        nobody waits, until there is one again."""
         timeout = 0.01 if self._is_down else max(0.01, min(seconds, POOL_TIMEOUT))
         if self._is_own and self._pool.closed:
             self._pool.open()
             atexit.register(self._pool.close)  # its threads would hold up the end of the process
         while True:
-            conn = self._pool.getconn(timeout)
+            try:
+                conn = self._pool.getconn(timeout)
+            except psycopg_pool.PoolTimeout:
+                self._is_down = True
+                raise
             if not _is_dead(conn):
                 self._is_down = False
                 return conn
@@ -249,7 +252,6 @@ class Database:
             finally:
                 self._pool.putconn(conn)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
-            self._is_down = isinstance(error, psycopg_pool.PoolTimeout)
             log.error("not ready", extra={"request_id": request_id(), "reason": first_line(error)})
             return False
         return True
