@@ -2,9 +2,9 @@
 -- there is a next page), how many these are, the list's version and the key of its cursors, and how many tasks there
 -- are on all pages, if that was asked for.
 --
--- What is not given is planned away, and a way over an index is left: for the plain list in a plan that is kept, for any
--- other in one for its values (db.py). The conditions on due_at say least, not coalesce: that is not leakproof, and so no
--- index may serve it before the policy.
+-- The planner drops the conditions on what is not given, and what is left can use an index: for the plain list in a
+-- generic plan that is kept, for any other in a custom one (db.py). The conditions on due_at say least, not coalesce:
+-- that is not leakproof, and so no index may serve it before the policy.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, sort, after, after_id, limit, count
 WITH chosen AS NOT MATERIALIZED (
     SELECT t AS task, t.id,

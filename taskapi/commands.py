@@ -33,7 +33,7 @@ REQUESTS: tuple[tuple[str, dict[str, Any], bool], ...] = (
     ("delete_task", {"id": 1}, False),
     ("delete_tasks", {"is_completed": True}, True),
 )
-"""What requests run: a statement, parameters that they give, and whether it is planned by their values."""
+"""What requests run: a statement, parameters that they give, and whether it gets a custom plan for them."""
 
 BATCH = 200
 """Rows of an export that are here at a time: 8 MB, where all of them are as long as a task can be."""
@@ -206,11 +206,12 @@ def explain(user: str | None, as_json: bool) -> None:
       flask --app wsgi taskapi explain
       flask --app wsgi taskapi explain --user me --json
     """
+    form = SQL("JSON" if as_json else "TEXT")
     with database().session_as(user or "") as cursor:
         if user:
             _require(cursor, user)
-        for name, given, by_values in REQUESTS:
-            plan = _plan(cursor, name, {**given, "user_id": user or ""}, by_values, SQL("JSON" if as_json else "TEXT"))
+        for name, given, custom_plan in REQUESTS:
+            plan = _plan(cursor, name, {**given, "user_id": user or ""}, custom_plan, form)
             if as_json:
                 click.echo(json.dumps({"statement": name, "parameters": given, "plan": plan[0][0][0]["Plan"]}))
             else:
@@ -218,11 +219,11 @@ def explain(user: str | None, as_json: bool) -> None:
 
 
 def _plan(
-    cursor: psycopg.Cursor[TupleRow], name: str, given: dict[str, Any], by_values: bool, form: SQL
+    cursor: psycopg.Cursor[TupleRow], name: str, given: dict[str, Any], custom_plan: bool, form: SQL
 ) -> list[TupleRow]:
     """A statement's plan, made for it as a prepared one: EXPLAIN by itself would always plan for the values."""
     params = {**dict.fromkeys(numbered(statement(name)).parameters), **given}
-    *settings, text = planned(name, params, by_values)
+    *settings, text = planned(name, params, custom_plan)
     _, text, parameters = numbered(text)
     values = SQL(", ").join(Literal(params[one]) for one in parameters)
     with cursor.connection.transaction(force_rollback=True):  # of the settings

@@ -97,11 +97,11 @@ def without(text: bytes, absent: tuple[str, ...]) -> bytes:
     return text
 
 
-def planned(name: str, params: dict[str, Any], by_values: bool) -> list[bytes]:
-    """What carries out sql/{name}.sql after begin_as_user.sql: with a plan made for these values, or with the one that
-    is kept for all values of the parameters that are given."""
-    if by_values:
-        return [statement("plan_by_values"), statement(name)]
+def planned(name: str, params: dict[str, Any], custom_plan: bool) -> list[bytes]:
+    """What carries out sql/{name}.sql after begin_as_user.sql: with a custom plan, made for these values, or with the
+    generic one, kept for all values of the parameters that are given."""
+    if custom_plan:
+        return [statement("force_custom_plan"), statement(name)]
     return [without(statement(name), tuple(one for one, value in params.items() if value is None))]
 
 
@@ -138,10 +138,10 @@ class Database:
         if self._is_own:
             self._pool.close()
 
-    def run(self, name: str, params: dict[str, Any], by_values: bool = False) -> tuple[bytes, ...] | None:
+    def run(self, name: str, params: dict[str, Any], custom_plan: bool = False) -> tuple[bytes, ...] | None:
         """The one row that sql/{name}.sql returns to the user `params["user_id"]`, as PostgreSQL wrote it, or None:
-        there is none, or the request's Idempotency-Key was used before. Plans are kept, one for each set of parameters
-        that are not None; `by_values` has one made for these values.
+        there is none, or the request's Idempotency-Key was used before. Generic plans are kept, one for each set of
+        parameters that are not None; `custom_plan` has one made for these values.
 
         Ends the request with 503 where the database cannot answer, POOL_TIMEOUT and DEADLINE after its first statement
         at the latest. A read whose connection is lost is tried once more; a change never is, for it may have happened.
@@ -151,11 +151,11 @@ class Database:
         until = g.setdefault("taskapi_until", started + POOL_TIMEOUT + DEADLINE)
         try:
             try:
-                return self._run(name, params, by_values, until)
+                return self._run(name, params, custom_plan, until)
             except ConnectionLost:
                 if not is_read or time.monotonic() - started > 1:  # not for a frozen one: that would be to wait twice
                     raise
-                return self._run(name, params, by_values, until)
+                return self._run(name, params, custom_plan, until)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "first_answers_pkey":
                 return None
@@ -183,14 +183,14 @@ class Database:
             self._schema_is_current = False
         return detail
 
-    def _run(self, name: str, params: dict[str, Any], by_values: bool, until: float) -> tuple[bytes, ...] | None:
+    def _run(self, name: str, params: dict[str, Any], custom_plan: bool, until: float) -> tuple[bytes, ...] | None:
         conn = self._borrow(until - time.monotonic())
         started = time.monotonic()
         try:
             if not self._schema_is_current:
                 self._check_schema(conn)
             left = min(started + DEADLINE, until) - time.monotonic()
-            result = pipeline.run(conn, [statement("begin_as_user"), *planned(name, params, by_values)], params, left)
+            result = pipeline.run(conn, [statement("begin_as_user"), *planned(name, params, custom_plan)], params, left)
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one

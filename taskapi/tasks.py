@@ -56,7 +56,7 @@ def list_tasks(user_id: str) -> Response:
     query |= pages.position(cursor, key)  # first: a condition counts only where it would be 200 (RFC 9110 §13.2.1)
     if response := conditions.not_modified(_quoted(version)):
         return response
-    body, found, version, key, count = _run("list_tasks", **query, by_values=bool(request.args))
+    body, found, version, key, count = _run("list_tasks", **query, custom_plan=bool(request.args))
     link = None
     if int(found) > query["limit"]:
         body, link = pages.split(body, query["sort"], key, url_for(".list_tasks", user_id=user_id))
@@ -96,7 +96,7 @@ def delete_tasks(user_id: str) -> Response:
     if not request.args:
         schemas.refuse_parameters([("is_completed", "Choose what to delete, by this or any other filter.")])
     params = {"user_id": user_id, **filters, "if_match": conditions.if_match()}
-    row = database().run("delete_tasks", params, by_values=True)
+    row = database().run("delete_tasks", params, custom_plan=True)
     if row is None:
         return _precondition_failed()
     event("deleted", user=user_id, count=int(row[1]))
@@ -190,9 +190,9 @@ def _first_answer(repeat: dict[str, Any]) -> tuple[bytes, ...] | None:
     return row
 
 
-def _run(statement: str, by_values: bool = False, **params: Any) -> tuple[bytes, ...]:
+def _run(statement: str, custom_plan: bool = False, **params: Any) -> tuple[bytes, ...]:
     """The row that a statement returns to the request's user; 404 where there is none."""
-    row = database().run(statement, {"user_id": g.taskapi_user.id, **params}, by_values)
+    row = database().run(statement, {"user_id": g.taskapi_user.id, **params}, custom_plan)
     if row is None:
         abort(404)
     return row

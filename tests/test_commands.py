@@ -526,12 +526,12 @@ def test_explain_shows_every_statement_of_a_request_and_changes_nothing(
 @pytest.mark.parametrize("arguments", [[], ["--user", "big"]])
 def test_explain_plans_as_requests_do(app: Flask, big: str, arguments: list[str]) -> None:
     """Under the policy; and where a plan is kept, for $1, without what is not given."""
-    for (name, _, by_values), found in zip(REQUESTS, plans(app, *arguments), strict=True):
+    for (name, _, custom_plan), found in zip(REQUESTS, plans(app, *arguments), strict=True):
         text = json.dumps(found["plan"])
         assert "current_setting('taskapi.user_id'::text, true)" in text or name == "create_tasks"
         conditions = re.findall(r'"Index Cond": "\(+(?:user_id|id) = \(?(.*?)\)?::text', text)
         assert conditions or name == "create_tasks"
-        assert set(conditions) <= ({f"'{arguments[1] if arguments else ''}'"} if by_values else {"$1", "$2"}), name
+        assert set(conditions) <= ({f"'{arguments[1] if arguments else ''}'"} if custom_plan else {"$1", "$2"}), name
         assert "folded" not in text
 
 

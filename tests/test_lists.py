@@ -459,15 +459,15 @@ PAGES: dict[str, tuple[dict[str, Any], bool]] = {
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_of_50_reads_little_of_100_000(hoard: psycopg.Connection, name: str) -> None:
-    asked, by_values = PAGES[name]
+    asked, custom_plan = PAGES[name]
     values = {"user_id": "ann", "limit": "50", **asked}
     names = re.findall(r"%\((\w+)\)s", statement("list_tasks").decode())
-    absent = () if by_values else tuple({one for one in names if one not in values})
+    absent = () if custom_plan else tuple({one for one in names if one not in values})
     _, text, parameters = numbered(without(statement("list_tasks"), absent))
     with hoard.transaction(force_rollback=True):
         hoard.execute(statement("begin_as_user"), values)
-        if by_values:
-            hoard.execute(statement("plan_by_values"))
+        if custom_plan:
+            hoard.execute(statement("force_custom_plan"))
         hoard.execute(b"PREPARE it AS " + text)
         arguments = ", ".join(sql.Literal(values.get(one)).as_string() for one in parameters)
         found = hoard.execute(f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE it ({arguments})".encode()).fetchone()
