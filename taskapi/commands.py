@@ -275,5 +275,5 @@ def _fault_of_keys(settings: Settings) -> str | None:
     try:
         found = keys.usable_keys(keys.fetch(url))
     except (OSError, HTTPException, ValueError) as error:
-        return f"no key set at {keys.showable(url)} ({str(error)[:200]}): {remedy}"
-    return None if found else f"no key that verifies signatures at {keys.showable(url)}: {remedy}"
+        return f"no key set at {keys.redacted(url)} ({str(error)[:200]}): {remedy}"
+    return None if found else f"no key that verifies signatures at {keys.redacted(url)}: {remedy}"

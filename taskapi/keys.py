@@ -176,10 +176,10 @@ class KeySet:
             self._generation += 1
 
     def _log_failure(self, error: Exception) -> None:
-        log.warning("key set refresh failed", extra={"url": showable(self._url), "reason": str(error)[:200]})
+        log.warning("key set refresh failed", extra={"url": redacted(self._url), "reason": str(error)[:200]})
 
 
-def showable(url: str) -> str:
+def redacted(url: str) -> str:
     """A URL without the parts that may hold a password."""
     parts = urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"

@@ -83,7 +83,7 @@ def event(name: str, **fields: Any) -> None:
     request = request_ctx.request
     about = {
         "method": request.method,
-        "route": request.url_rule and readable(request.url_rule.rule),
+        "route": request.url_rule and path_template(request.url_rule.rule),
         "client": request.remote_addr,
         "request_id": request_id(),
     }
@@ -147,6 +147,6 @@ def _milliseconds(seconds: float) -> float:
 
 
 @functools.cache
-def readable(rule: str) -> str:
+def path_template(rule: str) -> str:
     """/api/{user_id}/tasks for the router's /api/<taskapi_user:user_id>/tasks."""
     return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)

@@ -15,7 +15,7 @@ from werkzeug import Response as BaseResponse
 
 from . import conditions, health, tasks
 from .config import ConfigError
-from .logs import readable
+from .logs import path_template
 from .schemas import CHANGES, FILTER, LIST, MAX_BODY, MAX_BULK, MAX_TASKS, READ_ONLY, STATE, TASK, Instant
 
 Json = dict[str, Any]
@@ -255,7 +255,7 @@ def document(app: Flask) -> Json:
             path = [name for name in PARAMETERS if name in rule.arguments]
             told["parameters"] = [*path, *told.get("parameters", ()), "X-Request-ID"]
             [method] = (rule.methods or set()) - {"HEAD", "OPTIONS"}
-            spec.path(readable(rule.rule), operations={method.lower(): told})
+            spec.path(path_template(rule.rule), operations={method.lower(): told})
     return spec.to_dict()
 
 

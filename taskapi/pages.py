@@ -26,7 +26,7 @@ def position(cursor: str | None, key: bytes) -> dict[str, Any]:
         raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
     except ValueError:
         raw = b""
-    is_ours = key and _text(raw) == cursor and hmac.compare_digest(raw[:_MAC], _mac(raw[_MAC:], key))
+    is_ours = key and _base64url(raw) == cursor and hmac.compare_digest(raw[:_MAC], _mac(raw[_MAC:], key))
     if not is_ours:
         refuse_parameters([("cursor", "Is not of this list: begin without one.")])
     after, after_id = json.loads(raw[_MAC:])
@@ -42,12 +42,12 @@ def split(body: bytes, sort: str | None, key: bytes, url: str) -> tuple[bytes, s
     last = json.loads(page.rpartition(b", \n ")[2].removeprefix(b"["))
     at = [_value(last, (sort or "created_at").lstrip("-")), last["id"]]
     payload = json.dumps(at, ensure_ascii=False).encode()  # \u… would make a head of it that nginx answers with 502
-    cursor = _text(_mac(payload, key) + payload)
+    cursor = _base64url(_mac(payload, key) + payload)
     parameters = [(name, value) for name, value in request.args.items(multi=True) if name != "cursor"]
     return page + b"]", f'<{url}?{urlencode([*parameters, ("cursor", cursor)])}>; rel="next"'
 
 
-def _text(raw: bytes) -> str:
+def _base64url(raw: bytes) -> str:
     """The one spelling of a cursor (RFC 4648, section 5, without padding)."""
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
