@@ -1,6 +1,6 @@
 """The OpenAPI document: paths are read off the app's routes, bodies and parameters off the schemas; the rest is here.
 
-Needs the extra `docs`. HEAD, which HTTP gives wherever there is GET, and OPTIONS are not told.
+Needs the extra `docs`. HEAD, which HTTP gives wherever there is GET, and OPTIONS are left out.
 """
 
 import importlib.util
@@ -26,9 +26,9 @@ DESCRIPTION = f"""\
 Tasks, each person's own. A request for them that succeeds gets a task or an array of tasks, and every error is a
 problem (RFC 9457).
 
-HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not told here is 405, and `Allow` names
-those that go. What is no HTTP, or has too large a head, is refused as 400, 431 or 501 before it is anybody's request. A
-body may have {MAX_BODY:,} bytes, an array {MAX_BULK:,}.
+HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not listed here is 405, and `Allow`
+names those that are. What is no HTTP, or has too large a head, is refused as 400, 431 or 501 before it is anybody's
+request. A body may have {MAX_BODY:,} bytes, an array {MAX_BULK:,}.
 
 Where pages on other origins are let in, answers to them carry `Vary` and the `Access-Control-` headers of the Fetch
 standard.
@@ -44,7 +44,7 @@ EXAMPLE = {
 TEXT: Json = {"type": "string"}
 INSTANT: Json = {"type": "string", "format": "date-time"}
 ID: Json = {"type": "integer", "format": "int64", "minimum": 1, "maximum": 2**63 - 1}
-GIVEN: dict[str, Json] = {
+SERVER_SET: dict[str, Json] = {
     "id": ID,
     "user_id": {**TEXT, "minLength": 1},
     "created_at": INSTANT,
@@ -73,7 +73,7 @@ PROBLEM: Json = {
 }
 
 PARAMETERS: dict[str, tuple[str, str, Json]] = {
-    "user_id": ("path", "The token's own user, percent-encoded.", {**GIVEN["user_id"], "examples": ["me"]}),
+    "user_id": ("path", "The token's own user, percent-encoded.", {**SERVER_SET["user_id"], "examples": ["me"]}),
     "id": ("path", "The task's.", {**ID, "examples": [7]}),
     "If-Match": ("header", "Change nothing, answer 412, unless the `ETag` still is one of these.", TEXT),
     "If-None-Match": ("header", "Answer 304 if the `ETag` still is one of these.", TEXT),
@@ -132,11 +132,11 @@ def _array(of: Json) -> Json:
 
 def _headers(*names: str) -> Json:
     """Response headers; one whose name ends with ? does not always come."""
-    told: Json = {}
+    headers: Json = {}
     for name in ("X-Request-ID", *names):
         description, schema = HEADERS[name.rstrip("?")]
-        told[name.rstrip("?")] = {"description": description, "required": not name.endswith("?"), "schema": schema}
-    return told
+        headers[name.rstrip("?")] = {"description": description, "required": not name.endswith("?"), "schema": schema}
+    return headers
 
 
 def _answer(description: str, schema: Json, *headers: str, media_type: str = "application/json") -> Json:
@@ -144,12 +144,12 @@ def _answer(description: str, schema: Json, *headers: str, media_type: str = "ap
 
 
 def _body(schema: Json, required: bool = True, **examples: Any) -> Json:
-    told = {name: {"value": value} for name, value in examples.items()}
-    return {"required": required, "content": {"application/json": {"schema": schema, "examples": told}}}
+    media_type = {"schema": schema, "examples": {name: {"value": value} for name, value in examples.items()}}
+    return {"required": required, "content": {"application/json": media_type}}
 
 
 def _others(*statuses: int) -> Json:
-    """What else is answered: by one operation, and by all."""
+    """The other responses: those of one operation, and those that all have."""
     return {str(status): _ref("responses", _name(status)) for status in sorted({401, 403, 429, 500, 503, *statuses})}
 
 
@@ -251,11 +251,11 @@ def document(app: Flask) -> Json:
     for rule in app.url_map.iter_rules():
         view = app.view_functions.get(rule.endpoint)
         if view in OPERATIONS:
-            told = {"operationId": view.__name__, "tags": ["tasks"], **OPERATIONS[view]}
+            operation = {"operationId": view.__name__, "tags": ["tasks"], **OPERATIONS[view]}
             path = [name for name in PARAMETERS if name in rule.arguments]
-            told["parameters"] = [*path, *told.get("parameters", ()), "X-Request-ID"]
+            operation["parameters"] = [*path, *operation.get("parameters", ()), "X-Request-ID"]
             [method] = (rule.methods or set()) - {"HEAD", "OPTIONS"}
-            spec.path(path_template(rule.rule), operations={method.lower(): told})
+            spec.path(path_template(rule.rule), operations={method.lower(): operation})
     return spec.to_dict()
 
 
@@ -264,7 +264,7 @@ def _schemas(converted: Callable[[Schema], Json]) -> dict[str, Json]:
     new, changes, state = (converted(schema) for schema in (TASK, CHANGES, STATE))
     for schema in (*changes["properties"].values(), *state["properties"].values()):
         schema.pop("default", None)  # what is absent from a change stays as it is
-    every = changes["properties"] | {name: {**schema, "readOnly": True} for name, schema in GIVEN.items()}
+    every = changes["properties"] | {name: {**schema, "readOnly": True} for name, schema in SERVER_SET.items()}
     for body in (new, changes, state):
         body["properties"] |= {name: {"readOnly": True} for name in READ_ONLY}
     changes["not"] = {"propertyNames": {"enum": [*READ_ONLY]}}  # something to change is named
@@ -275,12 +275,12 @@ def _schemas(converted: Callable[[Schema], Json]) -> dict[str, Json]:
 
 
 def _responses() -> dict[str, Json]:
-    told = {_name(304): {"description": "Nothing is new.", "headers": _headers(*TAGGED)}}
+    responses = {_name(304): {"description": "Nothing is new.", "headers": _headers(*TAGGED)}}
     problem = _ref("schemas", "Problem")
     for status, (description, headers, members) in PROBLEMS.items():
         schema = {"allOf": [problem, {"required": members}]} if members else problem
-        told[_name(status)] = _answer(description, schema, *headers, media_type="application/problem+json")
-    return told
+        responses[_name(status)] = _answer(description, schema, *headers, media_type="application/problem+json")
+    return responses
 
 
 def init_app(app: Flask) -> None:

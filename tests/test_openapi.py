@@ -277,7 +277,7 @@ def test_a_delete_of_more_than_a_page_is_as_it_says(
 
 
 def test_methods_that_it_does_not_tell_are_as_it_says(document: dict[str, Any], alice: Person) -> None:
-    said = "HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not told here is 405"
+    said = "HEAD goes wherever GET does, and OPTIONS everywhere. Any other method that is not listed here is 405"
     assert said in document["info"]["description"]
     task = alice.create()
     for path, item in document["paths"].items():
