@@ -1,9 +1,9 @@
 -- Adds the tasks of a JSON array in its order, and returns them as one, the tag and the id of the first, and whether
--- their owner is new. The owner's row comes along: made at the first task, and brought up to date where the token tells something new.
+-- their owner is new. The owner's row is made with the first task, and takes a new email or name from the token.
 -- Times are taken with that row locked: what is newer by them was committed later, so that updated_since misses nothing.
 -- A list's versions begin with the time: whoever was deleted and comes back meets none that they had before.
--- With a key it keeps the answer for whoever repeats the request, fails if there is one, and clears those that are a
--- day old.
+-- With a key it keeps the answer for whoever repeats the request, fails if that was done before, and clears answers that
+-- are a day old.
 -- Parameters: user_id, email, name, tasks, key, digest
 WITH owner AS (
     INSERT INTO taskapi.users AS u (id, email, name, version)

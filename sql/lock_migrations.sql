@@ -1,3 +1,3 @@
--- Has the migrations to itself until the transaction ends.
+-- Keeps other migrations waiting until the transaction ends.
 -- Parameters: none
 SELECT pg_advisory_xact_lock(7234918115604331)

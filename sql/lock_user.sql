@@ -1,4 +1,4 @@
--- Has the user's list to itself until the transaction ends; no row where there is nobody of that id.
+-- Keeps other writers of the user's list waiting until the transaction ends; no row where there is nobody of that id.
 -- Parameters: user_id
 SELECT u.id
 FROM taskapi.users AS u

@@ -1,8 +1,8 @@
 -- Changes the members that the JSON object `changes` names, keeps the rest, and returns the task as JSON, and its tag.
 -- Without changes the task's state is turned over.
 -- updated_at grows even when two changes meet in one microsecond or the clock steps back.
--- The owner's row is locked first, as whatever writes several tasks does, or two writers could wait for each other; and
--- the time is taken then: what is newer by it was committed later, so that updated_since misses nothing.
+-- The owner's row is locked first, as it is by what writes several tasks: two writers could deadlock else. The time is
+-- taken then: what is newer by it was committed later, so that updated_since misses nothing.
 -- Parameters: user_id, id, changes, if_match
 WITH owner AS (
     SELECT u.id FROM taskapi.users AS u WHERE u.id = %(user_id)s FOR NO KEY UPDATE

@@ -38,7 +38,7 @@ MAX_USER_ID = 2_000
 """Bytes of UTF-8: what an index of PostgreSQL can hold beside the other columns of its key."""
 
 MAX_VERIFIED = 8_192
-"""Verified tokens that are remembered: some 600 bytes each."""
+"""Verified tokens that are remembered at most: some 600 bytes each."""
 
 MAX_TEXT = 320
 """Characters of a person's address or name: what RFC 5321 allows an address."""
@@ -64,8 +64,8 @@ class User:
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """Whose tokens are taken: those of the holders of `keys`, and then of these issuers and for these audiences only,
-    where there are any."""
+    """Which tokens are accepted: those that one of `keys` signed, and, where any are named, only from these issuers and
+    for these audiences."""
 
     keys: Secrets | KeySet
     issuers: tuple[str, ...]
@@ -83,7 +83,7 @@ class Verified:
     user: User
 
     def holds(self) -> bool:
-        """Whether it may still be taken at its word."""
+        """Whether it is valid now, and its keys are still those that verified it."""
         return (
             self.not_before <= time.time() + LEEWAY
             and time.time() < self.expires

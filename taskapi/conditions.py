@@ -10,7 +10,7 @@ from flask import Response, abort, request
 from .problems import problem
 
 CACHE_CONTROL = "private, no-cache"
-"""Who keeps an answer is its own person only, and asks before using it again."""
+"""Only the person's own client may store an answer, and revalidates it before each use (RFC 9111 §5.2.2)."""
 
 _QUOTED = r'"((?:[ !#-\[\]-~]|\\["\\]){1,255})"'  # a String of RFC 8941 (§3.3.3)
 _PLAIN = "[!#-~][!-~]{0,254}"
@@ -25,7 +25,7 @@ def tag_headers(tag: bytes) -> dict[str, str]:
 
 
 def if_match() -> list[str] | None:
-    """The tags of which a change requires one, or None where it does not."""
+    """The tags that a change requires one of, or None where it requires none."""
     if "If-Match" not in request.headers or request.if_match.star_tag:  # a change has something to match, or it is 404
         return None
     return [f'"{tag}"' for tag in request.if_match.as_set()]

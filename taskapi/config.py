@@ -18,7 +18,6 @@ KNOWN_TO_EVERYBODY = {
     "better-auth-secret-12345678901234567890",  # what Better Auth signs with where no secret is set
 }
 
-
 ORIGIN = re.compile(r"(?!http:.*:80$|https:.*:443$)https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
 """In lower case and without the usual port (the Fetch standard, §3.2)."""
 

@@ -41,7 +41,6 @@ _BUILT = Path(__file__).with_name("sql")
 SQL = _BUILT if _BUILT.is_dir() else Path(__file__).parents[1] / "sql"
 """Inside the package where that is installed, beside it in a checkout."""
 
-
 POOL_TIMEOUT = 2
 """Seconds that a request waits for a connection."""
 
@@ -69,7 +68,6 @@ FAULTS = {
     "58": "The database cannot use its files now.",
 }
 """What PostgreSQL's errors mean to a client, by SQLSTATE or its class: 503 with these words. Any other is a defect."""
-
 
 NO_CONNECTION = (psycopg_pool.PoolTimeout, psycopg_pool.TooManyRequests, psycopg_pool.PoolClosed)
 """Why a pool gives none; all but the first come from a lent one."""
@@ -236,8 +234,8 @@ class Database:
 
     @contextlib.contextmanager
     def session_as(self, user_id: str, *, changes: bool = False) -> Iterator[psycopg.Cursor[TupleRow]]:
-        """A transaction for what is no request, in the place of one of that user; undone at its end unless it `changes`
-        something. Raises OperationalError and SchemaBehind."""
+        """A transaction as that user, for what is no request; rolled back at its end unless it `changes` something.
+        Raises OperationalError and SchemaBehind."""
         with self.session() as conn:
             self._check_schema(conn)
             with conn.transaction(force_rollback=not changes), _cursor(conn) as cursor:
@@ -310,8 +308,8 @@ def _try_again(pool: psycopg_pool.ConnectionPool) -> None:
 
 
 class _Connection(psycopg.Connection[Any]):
-    """Where it is not made in time, psycopg 3.3 keeps its socket until a collection of garbage, and once PostgreSQL
-    goes on, each of these is a session more."""
+    """A connection whose socket is closed at once where it is not made in time. psycopg 3.3 leaves that to the garbage
+    collector, and once a frozen PostgreSQL goes on, each such socket is one more session."""
 
     @classmethod
     def connect(cls, *args: Any, **kwargs: Any) -> Self:
@@ -323,8 +321,8 @@ class _Connection(psycopg.Connection[Any]):
 
 
 def _configure(conn: psycopg.Connection[Any]) -> None:
-    """Finds out whether a pooler stands between, for behind one (PgBouncer before 1.21) prepared statements are lost:
-    what it calls the backend's process is not what the backend calls itself."""
+    """Prepares no statements behind a pooler, which may lose them (PgBouncer before 1.21). One stands between where the
+    connection's process id is not the one that the backend itself has."""
     threshold, conn.prepare_threshold = conn.prepare_threshold, None  # nor may this statement be left there
     pid = pipeline.run(conn, [statement("backend_pid")], {}, DEADLINE).get_value(0, 0)
     if pid == str(conn.info.backend_pid).encode():
@@ -332,8 +330,8 @@ def _configure(conn: psycopg.Connection[Any]) -> None:
 
 
 def _is_dead(conn: psycopg.Connection[Any]) -> bool:
-    """Whether a connection that was idle is gone. It has nothing to say, unless that the server closed it: to find
-    that out before anything is sent is what makes it safe to take another, even for a change."""
+    """Whether an idle connection is gone: one that has something to read, as after the server has closed it, is asked.
+    To find out before anything else is sent is what makes it safe to take another, even for a change."""
     poll = select.poll()
     poll.register(conn.fileno(), select.POLLIN)
     if not poll.poll(0):

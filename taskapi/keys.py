@@ -25,8 +25,8 @@ MAX_AGE = 24 * 3600
 """Seconds for which known keys go on working while their issuer cannot be reached."""
 
 COOLDOWN = 2
-"""Seconds between two fetches, whatever comes: so soon is a new key seen, and so seldom does a flood of unknown ones
-reach the issuer."""
+"""Seconds between two fetches at least: a flood of unknown keys reaches the issuer no more often, and a new key is
+found no later."""
 
 TIMEOUT = 2
 """Seconds that a fetch takes at most, and so a request that waits for one."""

@@ -79,7 +79,7 @@ def _new_id() -> str:
 
 
 def event(name: str, **fields: Any) -> None:
-    """One line about the request that is served now. The route is told, not the path: a path may hold anything."""
+    """One line about the request that is served now. It has the route, not the path: a path may hold anything."""
     request = request_ctx.request
     about = {
         "method": request.method,
@@ -96,7 +96,7 @@ def refused(reason: str) -> None:
 
 
 def tell(response: Response) -> Response:
-    """Sends the request's id back, and writes the line of a refused one where a host's app writes none for any; the
+    """Sends the request's id back, and writes the line of a refused request in an app that writes none for each; the
     blueprint's after_request hook."""
     response.headers["X-Request-ID"] = request_id()
     if "taskapi_reason" in app_ctx.g and "taskapi_began" not in app_ctx.g:

@@ -93,7 +93,7 @@ BEARER: Json = {
 }
 
 HEADERS: dict[str, tuple[str, Json]] = {
-    "Cache-Control": ("Only its own person may keep it, and asks before using it again.", TEXT),
+    "Cache-Control": ("Only the person's own client may store it, and revalidates it before each use.", TEXT),
     "ETag": ("The state of the task; with a list that of everything the user has.", {**TEXT, "pattern": '^"[^"]+"$'}),
     "Link": ('The next page, while there is one: `<…>; rel="next"`.', TEXT),
     "Location": ("The new task's path.", {**TEXT, "format": "uri-reference"}),
