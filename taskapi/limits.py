@@ -44,9 +44,6 @@ class Counters:
         self._windows: OrderedDict[str, tuple[int, float]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def __len__(self) -> int:
-        return len(self._windows)
-
     def incr(self, key: str, expiry: float) -> int:
         """Counts one more in the key's window, which ends `expiry` seconds after its first; how many these are."""
         now = time.monotonic()

@@ -186,7 +186,7 @@ def test_memory_is_bounded_whoever_comes(monkeypatch: pytest.MonkeyPatch) -> Non
     used, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert isinstance(limits._store, Counters)
-    assert len(limits._store) == 2_000
+    assert len(limits._store._windows) == 2_000
     assert used / 2_000 < 500
 
 
@@ -197,7 +197,7 @@ def test_counters_whose_window_has_ended_go_as_others_come() -> None:
     time.sleep(0.001)
     for number in range(1000):
         counters.incr(f"again {number}", 60)
-    assert len(counters) == 1000
+    assert len(counters._windows) == 1000
     assert counters.get("999") == 0
     assert counters.get_expiry("999") == pytest.approx(time.time(), abs=5)
 
