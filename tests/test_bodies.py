@@ -271,6 +271,7 @@ def test_a_description_of_10_000_characters_is_kept(alice: Person) -> None:
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda v: st.lists(v) | st.dictionaries(st.text(), v),
+    max_leaves=20,
 )
 MEMBERS = ["title", "description", "is_completed", "due_at", "priority", "tags", "completed_at", "id", "user_id", "x"]
 BODIES = st.dictionaries(st.sampled_from(MEMBERS), VALUES)
