@@ -57,14 +57,11 @@ def list_tasks(user_id: str) -> Response:
     if response := conditions.not_modified(_quoted(version)):
         return response
     body, found, version, key, count = _run("list_tasks", **query, custom_plan=bool(request.args))
-    link = None
+    headers = {"X-Total-Count": count.decode()} if count else {}
     if int(found) > query["limit"]:
-        body, link = pages.split(body, query["sort"], key, url_for(".list_tasks", user_id=user_id))
+        body, headers["Link"] = pages.split(body, query["sort"], key, url_for(".list_tasks", user_id=user_id))
     response = _answer(body, _quoted(version or b"0"))
-    if link:
-        response.headers["Link"] = link
-    if count:
-        response.headers["X-Total-Count"] = count.decode()
+    response.headers.update(headers)
     return response
 
 
