@@ -214,7 +214,7 @@ class Database:
             try:
                 conn = self._pool.getconn(timeout)
             except psycopg_pool.PoolTimeout:
-                self._is_down = True
+                self._is_down |= timeout == POOL_TIMEOUT  # to have waited less proves nothing
                 raise
             if not _is_dead(conn):
                 self._is_down = False
