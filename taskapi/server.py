@@ -412,7 +412,8 @@ class Server(TcpWSGIServer):
             self._wanted = THREADS
         if now - self._looked > 1:
             self._looked = now
-            self._cores.choose()
+            with contextlib.suppress(OSError):  # no descriptor is left to look with
+                self._cores.choose()
         if now - self._cleaned > CLEANUP:
             self._cleaned = now
             self.maintenance(now)

@@ -1018,6 +1018,21 @@ resource.setrlimit(resource.RLIMIT_AS, (11 * 2**30, resource.RLIM_INFINITY))
         assert server.stop() == 0
 
 
+def test_a_machine_that_has_no_more_descriptors_is_served_on_the_connections_there_are(start: Start) -> None:
+    with start() as server, ExitStack() as stack:
+        assert server.ask("GET", TASKS).status == 200
+        wires = connect(server, stack, 3)
+        assert {wire.send(GET).answer().status for wire in wires} == {200}
+        pid = server.popen.pid
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (count_descriptors(pid), hard))
+        linger(1.5)  # what else the server does is done once a second
+        assert [wire.send(GET).answer().status for wire in wires] == [200] * 3
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert server.stop() == 0
+        assert server.complaints == []
+
+
 @pytest.mark.usefixtures("_reader")
 def test_no_more_than_one_answer_waits_for_a_slow_reader(start: Start) -> None:
     with start() as server, Wire(server.url) as wire:
