@@ -245,6 +245,8 @@ class Channel(HTTPChannel):
             wasyncore.readwrite(self, flags)
         while self.requests and not self.total_outbufs_len:  # one answer at a time is kept for a slow reader
             self.service()
+        if self.current_outbuf_count and not self.total_outbufs_len:
+            self._drop_what_was_sent()
 
     def handle_read(self) -> None:
         """Reads what there is: nothing, where the flags were meant for a connection that is closed, and this one was
@@ -286,6 +288,12 @@ class Channel(HTTPChannel):
             self.waiting_since = None
         self.last_activity = time.time()
         return len(data)
+
+    def _drop_what_was_sent(self) -> None:
+        """waitress would keep it, and the file where it lies, for as long as the connection lives."""
+        self.outbufs.pop().close()
+        self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+        self.current_outbuf_count = 0
 
     def has_more(self) -> bool:
         """Whether something has arrived behind the request that is answered now."""

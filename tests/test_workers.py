@@ -1042,3 +1042,15 @@ def test_no_more_than_one_answer_waits_for_a_slow_reader(start: Start) -> None:
         assert disk_use(server.popen.pid) - before < 30_000_000
         assert [len(wire.answer().json) for _ in range(15)] == [1000] * 15
         assert server.stop() == 0
+
+
+@pytest.mark.usefixtures("_reader")
+def test_an_answer_that_was_read_is_kept_no_longer(server: Server) -> None:
+    with Wire(server.url) as wire:
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        wire.send(LONG).sock.recv(1, socket.MSG_PEEK)
+        wait_until(lambda: disk_use(server.popen.pid) > 1_000_000, "it lies on the disk")
+        assert len(wire.answer().json) == 1000
+        wait_until(lambda: disk_use(server.popen.pid) < 1_000_000, "it is gone")
+        assert wire.send(LIVEZ).answer().status == 200
+        assert len(wire.send(LONG).answer().json) == 1000
