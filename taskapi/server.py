@@ -297,7 +297,11 @@ class Channel(HTTPChannel):
 
     def has_more(self) -> bool:
         """Whether something has arrived behind the request that is answered now."""
-        return len(self.requests) > 1 or has_arrival(self.socket)
+        return len(self.requests) > 1 or self._is_half_read() or has_arrival(self.socket)
+
+    def _is_half_read(self) -> bool:
+        request = self.request  # which another thread may finish meanwhile: see patience
+        return request is not None and request.header_bytes_received > 0
 
     def is_waiting(self) -> bool:
         """Whether it is for the client to go on."""
@@ -318,7 +322,7 @@ class Channel(HTTPChannel):
 
     def is_idle(self) -> bool:
         """Whether nothing has arrived that is not answered, and no answer is on its way."""
-        return not (self.requests or self.total_outbufs_len or (self.request and self.request.header_bytes_received))
+        return not (self.requests or self.total_outbufs_len or self._is_half_read())
 
 
 class Ready:

@@ -367,6 +367,20 @@ def test_a_request_that_is_half_sent_may_be_finished(start: Start) -> None:
         assert_ends(server, within=5)
 
 
+def test_a_request_that_is_half_sent_behind_another_may_be_finished(start: Start, database_url: str) -> None:
+    with start("server.LINGER = 0.1") as server, Wire(server.url) as wire:
+        with tasks_locked(database_url) as wait_for:
+            wire.send(create() + create()[:-5])
+            wait_for(1)
+            server.popen.send_signal(signal.SIGTERM)
+            wait_until_refused(server)
+        assert wire.answer().status == 201
+        linger(0.5)
+        answer = wire.send(create()[-5:]).answer()
+        assert (answer.status, answer.headers["connection"]) == (201, "close")
+        assert_ends(server, within=5)
+
+
 @pytest.mark.usefixtures("_reader")
 def test_who_sends_no_more_or_never_reads_does_not_hold_up_the_end(start: Start) -> None:
     sent = [b"\r", b"G", GET[:-2], create()[:-5], LONG]
