@@ -640,9 +640,9 @@ def answer_scrapes(server: WSGIServer, goes_on: Callable[[], bool]) -> None:
     ended = threading.Event()
     _on_end(lambda *_: ended.set())
     signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
-    server.timeout = 0.2
+    threading.Thread(target=server.serve_forever, daemon=True).start()  # no client holds up the end
     while goes_on() and not ended.is_set():
-        server.handle_request()
+        time.sleep(0.2)
 
 
 def supervise(jobs: Sequence[Job], sock: socket.socket) -> None:

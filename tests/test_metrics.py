@@ -1,9 +1,12 @@
 """Figures for Prometheus: right for one process and for several, and at an address of their own."""
 
+import contextlib
 import os
 import re
 import signal
+import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.error import HTTPError
@@ -68,6 +71,23 @@ def test_while_requests_wait_the_pool_says_so(database_url: str, tmp_path: Path)
                 waiting = [threads.submit(server.ask, "GET", "/api/ann/tasks") for _ in range(12)]
                 wait_until(lambda: expected.items() <= figures(port).items(), "some have a connection, some wait")
             assert {one.result().status for one in waiting} <= {200, 503}
+
+
+def test_a_scrape_that_takes_for_ever_does_not_hold_up_the_end(database_url: str, tmp_path: Path) -> None:
+    port = free_port()
+    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "METRICS": f"127.0.0.1:{port}"}
+    with copied(tmp_path / "checkout") as folder, serving(folder, variables, token=mint("ann")) as server:
+        figures(port)
+        with socket.create_connection(("127.0.0.1", port)) as slow:
+            slow.send(b"G")
+            server.popen.send_signal(signal.SIGTERM)
+            deadline = time.monotonic() + 10
+            while server.popen.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
+                with contextlib.suppress(ConnectionError):
+                    slow.send(b"G")
+            assert server.popen.returncode == 0
 
 
 def test_the_age_of_the_keys_that_a_process_had_ends_with_it(database_url: str, tmp_path: Path) -> None:
