@@ -668,8 +668,8 @@ def supervise(jobs: Sequence[Job], sock: socket.socket) -> None:
     while children or not is_ending:
         while waiting and not is_ending:
             signal.pthread_sigmask(signal.SIG_BLOCK, END)  # none may be lost between birth and handler
-            if not is_ending:
-                if (child := os.fork()) == 0:
+            if not is_ending and (child := _fork(bool(children))) is not None:
+                if child == 0:
                     _work_as_child(waiting[0], us)
                 children[child] = waiting.pop(0)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, END)
@@ -681,6 +681,19 @@ def supervise(jobs: Sequence[Job], sock: socket.socket) -> None:
         if not is_ending:
             log.error("a worker ended", extra={"pid": child, "status": os.waitstatus_to_exitcode(status)})
             time.sleep(1)  # one that cannot start must not fill the machine
+
+
+def _fork(may_wait: bool) -> int | None:
+    """A new process; None, after a second, where the machine has no room for one now. Raises OSError unless others
+    serve meanwhile, who `may_wait`."""
+    try:
+        return os.fork()
+    except OSError as error:
+        if not may_wait:
+            raise
+        log.error("a worker cannot be made", extra={"reason": str(error)})
+        time.sleep(1)
+        return None
 
 
 def _work_as_child(job: Job, parent: int) -> NoReturn:

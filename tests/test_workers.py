@@ -566,6 +566,22 @@ def test_a_process_that_cannot_start_says_why_and_does_not_fill_the_machine(star
         assert server.stop() == 0
 
 
+def test_a_process_that_cannot_be_made_now_is_made_later_and_the_others_go_on(start: Start) -> None:
+    code = """
+def fork(calls=iter(range(99)), f=os.fork):
+    if next(calls) == 2: raise BlockingIOError(11, "Resource temporarily unavailable")
+    return f()
+os.fork = fork
+"""
+    with start(code, WEB_CONCURRENCY="2") as server:
+        one, other = workers(server)
+        os.kill(one, signal.SIGKILL)
+        wait_until(lambda: "cannot be made" in server.stderr, "there is no room")
+        assert server.ask("GET", TASKS).status == 200
+        assert other in workers(server)
+        assert server.stop() == 0
+
+
 @pytest.mark.parametrize("call", range(4))
 def test_a_signal_while_processes_are_made_reaches_all_of_them(start: Start, call: int) -> None:
     code = f"""
