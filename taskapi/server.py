@@ -440,6 +440,16 @@ class Server(TcpWSGIServer):
     def add_task(self, channel: Channel) -> None:
         """Whoever has read a request answers it."""
 
+    def accept(self) -> Any:
+        """Whoever is at the door; raises OSError, after a pause, where there is no descriptor for them: they are still
+        there, and would be seen again at once."""
+        try:
+            return super().accept()
+        except OSError:
+            if not self.is_stopping:
+                time.sleep(PATIENCE)
+            raise
+
     def handle_accept(self) -> None:
         """Makes room for a new client, if need be, by closing the connection that was idle for longest, or else the
         one that has kept us waiting for longest."""

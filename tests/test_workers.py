@@ -1048,17 +1048,28 @@ resource.setrlimit(resource.RLIMIT_AS, (11 * 2**30, resource.RLIM_INFINITY))
         assert server.stop() == 0
 
 
+def processor_time(pid: int) -> float:
+    """Seconds of it that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def test_a_machine_that_has_no_more_descriptors_is_served_on_the_connections_there_are(start: Start) -> None:
+    """And whoever is at the door meanwhile is let in later."""
     with start() as server, ExitStack() as stack:
         assert server.ask("GET", TASKS).status == 200
         wires = connect(server, stack, 3)
         assert {wire.send(GET).answer().status for wire in wires} == {200}
         pid = server.popen.pid
         _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (count_descriptors(pid), hard))
-        linger(1.5)  # what else the server does is done once a second
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, hard))
+        waiting = connect(server, stack, 3)
+        used = processor_time(pid)
+        linger(2)  # what else the server does is done once a second
+        assert processor_time(pid) - used < 0.5
         assert [wire.send(GET).answer().status for wire in wires] == [200] * 3
         resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert [wire.send(GET).answer().status for wire in waiting] == [200] * 3
         assert server.stop() == 0
         assert server.complaints == []
 
