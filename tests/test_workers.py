@@ -1016,6 +1016,30 @@ server.Server._serve, server.MAX_CONNECTIONS = serve, 1
         assert server.complaints == []
 
 
+def test_a_request_that_is_read_as_room_is_made_is_no_defect(start: Start) -> None:
+    slow = """
+def get(channel):
+    request = channel.__dict__.get("_request")
+    time.sleep(0.002)
+    return request
+server.Channel.request = property(get, lambda channel, request: channel.__dict__.update(_request=request))
+server.MAX_CONNECTIONS = 4
+"""
+
+    def come(server: Server) -> None:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            with contextlib.suppress(OSError, AssertionError), Wire(server.url) as wire:  # it may be closed
+                for _ in range(5):
+                    wire.send(LIVEZ).answer()
+
+    with start(slow) as server:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(come, [server] * 8))
+        assert server.stop() == 0
+        assert server.complaints == []
+
+
 def test_who_sends_as_the_connection_is_closed_is_no_defect(start: Start) -> None:
     slow = """
 def close(*a, f=server.Channel.handle_close): time.sleep(0.5); f(*a)
