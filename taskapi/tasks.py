@@ -143,8 +143,9 @@ def _add_rules_for_any_other_method(state: BlueprintSetupState) -> None:
     guard, and in an embedding app's own form."""
     endpoint = f"{state.name}.{any_other_method.__name__}"
     state.app.view_functions[endpoint] = any_other_method
+    prefix = (state.url_prefix or "").rstrip("/")  # as Flask joins the views' own
     for path in (LIST, ITEM, STATE):
-        state.app.url_map.add(Rule(f"{state.url_prefix or ''}{path}", endpoint=endpoint, merge_slashes=False))
+        state.app.url_map.add(Rule(prefix + path, endpoint=endpoint, merge_slashes=False))
 
 
 def _id(text: str) -> int:

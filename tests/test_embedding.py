@@ -126,6 +126,19 @@ def test_errors_under_the_prefix_keep_the_one_shape(
     assert_problem(ann.request("GET"), 500)
 
 
+@pytest.mark.parametrize("prefix", ["/", "/todo/"])
+def test_a_prefix_may_end_with_a_slash(database_url: str, prefix: str) -> None:
+    """And then, too, no method gets past the guard."""
+    app = host()
+    taskapi.init_app(app, taskapi.Settings(database_url=database_url, secrets=(SECRET,)), url_prefix=prefix)
+    ann = Person(app.test_client(), "ann", prefix=prefix.rstrip("/"))
+    assert ann.list() == []
+    assert_problem(app.test_client().patch(ann.tasks), 401)
+    assert_problem(ann.request("PATCH"), 405)
+    assert app.test_client().options(ann.tasks).headers["Allow"] == "DELETE, GET, HEAD, OPTIONS, POST"
+    database(app).close()
+
+
 def test_the_hosts_tokens_and_the_apis_are_strangers(embedded: tuple[Flask, str]) -> None:
     app, prefix = embedded
     ann = Person(app.test_client(), "ann", prefix=prefix)
