@@ -34,7 +34,7 @@ WITH chosen AS NOT MATERIALIZED (
       AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
       AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
       AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
-      AND (%(q)s::text IS NULL OR NOT EXISTS (
+      AND (%(q)s::text IS NULL OR taskapi.folded(%(q)s) ~ '\S' AND NOT EXISTS ( -- of an accent alone nothing is left
           SELECT FROM (
               SELECT taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))) OFFSET 0
           ) AS task (text) -- folded once for all words, which is what OFFSET is for: folding is what takes the time

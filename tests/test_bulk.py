@@ -98,6 +98,7 @@ def test_an_array_may_have_a_mebibyte_and_a_task_64_kibibytes(alice: Person) -> 
         ("updated_since=9999-01-01T00:00:00Z", ""),
         ("priority=low", "b"),
         ("q=E", "cd"),
+        ("q=%C2%B4", ""),  # an accent alone, which is no word
         ("is_completed=true&priority=low", "b"),
         ("tag=none", ""),
     ],

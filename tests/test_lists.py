@@ -141,6 +141,8 @@ def test_a_change_that_waited_for_another_is_the_newer_one(
         (".*", False),
         ("'", False),
         ("\\", False),
+        ("\N{ACUTE ACCENT}", False),  # without accents nothing is left of it: no word, and no task that has it
+        ("\N{COMBINING ACUTE ACCENT}", False),
     ],
 )
 def test_q_finds_every_word_without_regard_to_case_and_accents(alice: Person, q: str, found: bool) -> None:
