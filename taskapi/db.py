@@ -4,7 +4,9 @@ import atexit
 import contextlib
 import functools
 import logging
+import math
 import select
+import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -70,7 +72,10 @@ FAULTS = {
 """What PostgreSQL's errors mean to a client, by SQLSTATE or its class: 503 with these words. Any other is a defect."""
 
 NO_CONNECTION = (psycopg_pool.PoolTimeout, psycopg_pool.TooManyRequests, psycopg_pool.PoolClosed)
-"""Why a pool gives none; all but the first come from a lent one."""
+"""Why there is none to be had; of the pools only a lent one raises all but the first."""
+
+TURNS = 1_024
+"""Into how many groups people fall, by a hash that nobody can foresee: see Database._in_turn."""
 
 
 class SchemaBehind(Exception):
@@ -130,6 +135,7 @@ class Database:
         )
         self._schema_is_current = False
         self._is_down = False
+        self._turns = [threading.Semaphore(max(1, self._pool.max_size // 2)) for _ in range(TURNS)]
 
     def close(self) -> None:
         """Closes the pool, unless it is lent: its owner closes that."""
@@ -149,11 +155,11 @@ class Database:
         until = g.setdefault("taskapi_until", started + POOL_TIMEOUT + DEADLINE)
         try:
             try:
-                return self._run(name, params, custom_plan, until)
+                return self._in_turn(name, params, custom_plan, until)
             except ConnectionLost:
                 if not is_read or time.monotonic() - started > 1:  # not for a frozen one: that would be to wait twice
                     raise
-                return self._run(name, params, custom_plan, until)
+                return self._in_turn(name, params, custom_plan, until)
         except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
             if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "first_answers_pkey":
                 return None
@@ -181,8 +187,24 @@ class Database:
             self._schema_is_current = False
         return detail
 
+    def _in_turn(self, name: str, params: dict[str, Any], custom_plan: bool, until: float) -> tuple[bytes, ...] | None:
+        """One person's requests have half of the pool at most: whose are slow, searches say, waits for themselves, and
+        nobody else for them. Raises TooManyRequests where it is not their turn within POOL_TIMEOUT."""
+        turns = self._turns[hash(params["user_id"]) % TURNS]
+        if not turns.acquire(timeout=self._patience(until)):
+            raise psycopg_pool.TooManyRequests("one person's requests have half of the pool")
+        try:
+            return self._run(name, params, custom_plan, until)
+        finally:
+            turns.release()
+
+    def _patience(self, until: float) -> float:
+        """Seconds for which a request waits; after one that has waited in vain nobody does, until there is a connection
+        again."""
+        return 0.01 if self._is_down else max(0.01, min(until - time.monotonic(), POOL_TIMEOUT))
+
     def _run(self, name: str, params: dict[str, Any], custom_plan: bool, until: float) -> tuple[bytes, ...] | None:
-        conn = self._borrow(until - time.monotonic())
+        conn = self._borrow(until)
         started = time.monotonic()
         try:
             if not self._schema_is_current:
@@ -203,10 +225,9 @@ class Database:
             return None
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
-    def _borrow(self, seconds: float = POOL_TIMEOUT) -> psycopg.Connection[Any]:
-        """A live connection, waited for POOL_TIMEOUT or so many seconds at most. After one that was waited for in vain
-        nobody waits, until there is one again."""
-        timeout = 0.01 if self._is_down else max(0.01, min(seconds, POOL_TIMEOUT))
+    def _borrow(self, until: float = math.inf) -> psycopg.Connection[Any]:
+        """A live connection, waited for until then, and for POOL_TIMEOUT at most."""
+        timeout = self._patience(until)
         if self._is_own and self._pool.closed:
             self._pool.open()
             atexit.register(self._pool.close)  # its threads would hold up the end of the process

@@ -25,7 +25,7 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict
 
 import taskapi
-from taskapi.db import DEADLINE, FAULTS, NOT_READY, POOL_TIMEOUT, UNKNOWN, UNREACHABLE, _Connection
+from taskapi.db import DEADLINE, FAULTS, NOT_READY, POOL_TIMEOUT, UNKNOWN, UNREACHABLE, _Connection, database
 from taskapi.server import THREADS
 from tests.clusters import Postgres
 from tests.people import SECRET, Person, mint
@@ -839,12 +839,30 @@ def lent(pool: psycopg_pool.ConnectionPool) -> Person:
     return Person(app.test_client(), USER)
 
 
+def test_one_persons_slow_requests_keep_nobody_else_out(database_url: str, conn: psycopg.Connection) -> None:
+    app = taskapi.create_app(taskapi.Settings(database_url=database_url, secrets=(SECRET,)))
+    names = [f"{name}-{secrets.token_hex(6)}" for name in ("ann", "bob")]
+    (_, task), (bob, _) = [(one, one.create()) for one in (Person(app.test_client(), name) for name in names)]
+    people = [Person(app.test_client(), names[0]) for _ in range(24)]
+    with conn.transaction(), ThreadPoolExecutor(len(people)) as threads:
+        conn.execute("SELECT FROM taskapi.users WHERE id = %s FOR UPDATE", names[:1])
+        slow = [threads.submit(ann.request, "PATCH", f"/{task['id']}/complete") for ann in people]
+        time.sleep(0.3)  # until they have what they can get
+        started = time.monotonic()
+        assert len(bob.list()) == 1
+        assert time.monotonic() - started < 0.5
+    details = {assert_problem_in_process(answer.result(), 503)["detail"] for answer in slow}
+    assert details == {FAULTS["55P03"], UNREACHABLE}
+    assert people[0].request("PATCH", f"/{task['id']}/complete").status_code == 200
+    database(app).close()
+
+
 def test_a_lent_pool_that_turns_requests_away_is_unavailable(postgres: Postgres) -> None:
     with psycopg_pool.ConnectionPool(postgres.login, min_size=1, max_size=1, max_waiting=1, open=True) as pool:
-        ann = lent(pool)
+        people = [lent(pool) for _ in range(4)]  # one alone waits for their turn before the pool is asked
         with ThreadPoolExecutor(4) as threads:
             with pool.connection():
-                requests = [threads.submit(ann.request, "GET") for _ in range(4)]
+                requests = [threads.submit(one.request, "GET") for one in people]
                 refused = [done.result() for done in itertools.islice(as_completed(requests, POOL_TIMEOUT / 2), 3)]
             served = [one.result() for one in requests if one.result() not in refused]
         assert [answer.status_code for answer in served] == [200]

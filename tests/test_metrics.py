@@ -68,7 +68,11 @@ def test_while_requests_wait_the_pool_says_so(database_url: str, tmp_path: Path)
         make_patient(folder)
         with serving(folder, variables, token=mint("ann")) as server:
             with tasks_locked(database_url):
-                waiting = [threads.submit(server.ask, "GET", "/api/ann/tasks") for _ in range(12)]
+                waiting = [
+                    threads.submit(server.ask, "GET", f"/api/{user}/tasks", None, mint(user))
+                    for user in ("ann", "ben", "cat")
+                    for _ in range(4)
+                ]
                 wait_until(lambda: expected.items() <= figures(port).items(), "some have a connection, some wait")
             assert {one.result().status for one in waiting} <= {200, 503}
 
