@@ -41,6 +41,7 @@ def handle(scope: Flask | Blueprint) -> None:
     """Answers every error within `scope` in the one shape."""
     for status in default_exceptions:  # one by one: a host's handler of 404 beats a blueprint's of HTTPException
         scope.register_error_handler(status, _http_error)
+    scope.register_error_handler(HTTPException, _http_error)  # an answer by abort(): Flask asks if a host traps those
     scope.register_error_handler(Exception, _defect)
 
 

@@ -139,6 +139,17 @@ def test_a_prefix_may_end_with_a_slash(database_url: str, prefix: str) -> None:
     database(app).close()
 
 
+def test_a_host_may_trap_http_exceptions(database_url: str) -> None:
+    app = host()
+    app.config["TRAP_HTTP_EXCEPTIONS"] = True
+    taskapi.init_app(app, taskapi.Settings(database_url=database_url, secrets=(SECRET,)))
+    ann = Person(app.test_client(), "ann")
+    assert_problem(ann.request("GET", "/9"), 404)
+    assert_problem(ann.request("PATCH"), 405)
+    assert_problem(ann.request("POST", json={}), 422)
+    database(app).close()
+
+
 def test_the_hosts_tokens_and_the_apis_are_strangers(embedded: tuple[Flask, str]) -> None:
     app, prefix = embedded
     ann = Person(app.test_client(), "ann", prefix=prefix)
