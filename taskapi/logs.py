@@ -95,6 +95,18 @@ def refused(reason: str) -> None:
     app_ctx.g.taskapi_reason = reason
 
 
+def begin() -> None:
+    """Forgets the request before, where a host has several share one context, and with it `g`; the blueprint's first
+    before_request hook."""
+    if "taskapi_began" not in app_ctx.g:
+        _forget()
+
+
+def _forget() -> None:
+    for name in [name for name in app_ctx.g if name.startswith("taskapi_")]:
+        app_ctx.g.pop(name)
+
+
 def tell(response: Response) -> Response:
     """Sends the request's id back, and writes the line of a refused request in an app that writes none for each; the
     blueprint's after_request hook."""
@@ -108,7 +120,8 @@ def log_requests(app: Flask) -> None:
     """One line for every request of `app`, with what became of it and how long that took, in milliseconds."""
 
     @app.before_request
-    def begin() -> None:
+    def begin_and_time() -> None:
+        _forget()
         app_ctx.g.taskapi_began = time.perf_counter()
 
     @app.after_request

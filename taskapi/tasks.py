@@ -16,6 +16,7 @@ from .logs import event
 from .problems import problem
 
 bp = Blueprint("taskapi", __name__)
+bp.before_request(logs.begin)
 bp.before_request(auth.guard)
 bp.after_request(cors.expose)
 bp.after_request(logs.tell)

@@ -150,6 +150,23 @@ def test_a_host_may_trap_http_exceptions(database_url: str) -> None:
     database(app).close()
 
 
+def test_requests_that_share_a_context_share_nothing(
+    embedded: tuple[Flask, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As those of a command of the host's, or of its tests: they work after six seconds, too."""
+    app, prefix = embedded
+    ann = Person(app.test_client(), "ann", prefix=prefix)
+    with app.app_context():
+        assert_problem(ann.open(ann.tasks, headers={"X-Request-ID": "first"}), 401)
+        monkeypatch.setattr("taskapi.db.POOL_TIMEOUT", -4)  # the time of a request that begins now is over
+        assert_problem(ann.request("GET", headers={"X-Request-ID": "second"}), 503)
+        monkeypatch.undo()
+        caplog.clear()
+        response = ann.request("GET", headers={"X-Request-ID": "third"})
+        assert (response.status_code, response.headers["X-Request-ID"]) == (200, "third")
+        assert [record.message for record in caplog.records] == []  # none of a refusal
+
+
 def test_the_hosts_tokens_and_the_apis_are_strangers(embedded: tuple[Flask, str]) -> None:
     app, prefix = embedded
     ann = Person(app.test_client(), "ann", prefix=prefix)
