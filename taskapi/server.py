@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import os
+import re
 import resource
 import select
 import signal
@@ -97,6 +98,9 @@ WAITRESS: dict[str, Any] = {
 }
 
 
+_CODINGS = re.compile(rb"\r\ntransfer-encoding:([^\r]*)", re.IGNORECASE)
+
+
 class _Nowhere(OverflowableBuffer):
     """The buffer of a body that is dropped as it comes."""
 
@@ -123,7 +127,7 @@ class Parser(HTTPRequestParser):
             raise ParsingError("unreadable") from None
         finally:  # a request that is refused must not wait for its body either
             expected, self.expect_continue = self.expect_continue, False
-        self._check_framing()
+        self._check_framing(_CODINGS.findall(header_plus))
         too_large = self.content_length > self._max_body()
         self.expect_continue = expected and not too_large and (self.chunked or self.content_length > 0)
         if self.content_length > MAX_DROPPED or (too_large and expected):  # who waits for our word hears no
@@ -131,13 +135,15 @@ class Parser(HTTPRequestParser):
         elif too_large:
             self.body_rcv = FixedStreamReceiver(self.content_length, _Nowhere(0))
 
-    def _check_framing(self) -> None:
+    def _check_framing(self, codings: list[bytes]) -> None:
         """What RFC 9112 (§3.2, §6.1) has a server refuse and waitress lets pass: where a proxy in front reads such a
         request differently, one request can be hidden inside another."""
         headers = self.headers
         one_host = ", " not in headers["HOST"] if "HOST" in headers else self.version == "1.0"
         two_lengths = self.chunked and "CONTENT_LENGTH" in headers
-        if not one_host or two_lengths or "TRANSFER_ENCODING" in headers:  # waitress takes that out of HTTP/1.1 only
+        known = [b"chunked"] if self.version == "1.1" else []  # to waitress an empty one is none, and two are one
+        is_known = not codings or [coding.strip(b" \t").lower() for coding in codings] == known
+        if not one_host or two_lengths or not is_known:
             raise ParsingError("ambiguous")
 
     def _max_body(self) -> int:
