@@ -210,7 +210,10 @@ class Database:
             if not self._schema_is_current:
                 self._check_schema(conn)
             left = min(started + DEADLINE, until) - time.monotonic()
-            result = pipeline.run(conn, [statement("begin_as_user"), *planned(name, params, custom_plan)], params, left)
+            statements = [statement("begin_as_user"), *planned(name, params, custom_plan)]
+            if conn.pgconn.parameter_status(b"client_encoding") != b"UTF8":
+                statements.insert(0, statement("use_utf8"))
+            result = pipeline.run(conn, statements, params, left)
         except ConnectionLost:
             if self._is_own and time.monotonic() - started >= DEADLINE:
                 self._pool.drain()  # what froze one has likely frozen all: the next need not find that out one by one

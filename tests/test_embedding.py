@@ -213,22 +213,25 @@ def test_two_apps_in_one_process_do_not_disturb_each_other(new_database: Callabl
 def test_a_host_may_lend_its_pool(database_url: str, autocommit: bool) -> None:
     """Whatever it is set to: neither its settings show in the answers, nor ours in its connections afterwards."""
     options = "-c timezone=Asia/Tokyo -c search_path=pg_catalog -c datestyle=German"
-    kwargs = {"autocommit": autocommit, "options": options}
-    shown = "SELECT current_user, current_setting('timezone'), current_setting('taskapi.user_id', true)"
+    kwargs = {"autocommit": autocommit, "options": options, "client_encoding": "latin1"}
+    shown = """SELECT current_user, current_setting('timezone'), current_setting('client_encoding'),
+        current_setting('taskapi.user_id', true)"""
     with psycopg_pool.ConnectionPool(database_url, min_size=1, max_size=1, kwargs=kwargs) as pool:
         with pool.connection() as conn:
             before = conn.execute(shown).fetchone()
         app = host()
         taskapi.init_app(app, taskapi.Settings(secrets=(SECRET,)), pool=pool)
-        ann = Person(app.test_client(), f"ann-{secrets.token_hex(6)}")
-        task = ann.create()
+        ann = Person(app.test_client(), f"änn-{secrets.token_hex(6)}")
+        task = ann.create("größer", tags=["€"])
         assert task["created_at"].endswith("+00:00")
+        assert (task["user_id"], task["title"], task["tags"]) == (ann.user, "größer", ["€"])
         assert ann.list() == [task]
+        assert ann.request("GET", query_string={"tag": "€"}).json == [task]
         assert_problem(ann.request("GET", "/9"), 404)
         with pool.connection() as conn:
             after = conn.execute(shown).fetchone()
         assert before is not None
-        assert after == (*before[:2], after[2] if after and not after[2] else None)
+        assert after == (*before[:3], after[3] if after and not after[3] else None)
         database(app).close()
         assert not pool.closed
 
