@@ -128,6 +128,8 @@ class Parser(HTTPRequestParser):
         finally:  # a request that is refused must not wait for its body either
             expected, self.expect_continue = self.expect_continue, False
         self._check_framing(_CODINGS.findall(header_plus))
+        if "X_FORWARDED_FOR" in self.headers:  # of nonsense before the last, a client's, waitress would complain
+            self.headers["X_FORWARDED_FOR"] = self.headers["X_FORWARDED_FOR"].rpartition(",")[2]
         too_large = self.content_length > self._max_body()
         self.expect_continue = expected and not too_large and (self.chunked or self.content_length > 0)
         if self.content_length > MAX_DROPPED or (too_large and expected):  # who waits for our word hears no

@@ -387,6 +387,7 @@ def test_the_trusted_proxy_is_believed_about_the_last_address_only(tmp_path: Pat
         spoofed = [refused(server, f"203.0.113.{number}, 192.0.2.1") for number in range(3)]
         assert spoofed == [401, 401, 429]
         assert refused(server, "203.0.113.9", "192.0.2.1") == 429  # two lines are one
+        assert refused(server, '"', "192.0.2.1") == 429  # whatever the client has sent
         assert refused(server, "192.0.2.1, 192.0.2.2") == 401
         assert refused(server, "2001:db8::1") == refused(server, "2001:db8::2") == 401
         assert refused(server, "2001:db8::3") == 429
