@@ -191,13 +191,13 @@ class Answer(WSGITask):
     def build_response_header(self) -> bytes:
         """The head as the app made it: waitress's own spells each name anew and sorts them, and closes the connection
         after an answer without a body, such as 304."""
-        keep = self.request.headers.get("CONNECTION", "").lower()
+        options = [option.strip() for option in self.request.headers.get("CONNECTION", "").lower().split(",")]
         is_last = self.channel.server.is_stopping and not self.channel.has_more()  # the next one is another's
         lines = [f"HTTP/{self.version} {self.status}", *(f"{name}: {value}" for name, value in self.response_headers)]
         lines.append(f"Date: {http_date(int(self.start_time))}")
         if self.content_length is None and self.has_body:
             is_last = True  # its end is the connection's
-        if keep == "close" or is_last or (self.version == "1.0" and keep != "keep-alive"):
+        if "close" in options or is_last or (self.version == "1.0" and "keep-alive" not in options):
             self.close_on_finish = True
             lines.append("Connection: close")
         elif self.version == "1.0":

@@ -146,6 +146,13 @@ def test_the_answer_to_head_is_that_to_get_without_its_body(wire: Wire, target: 
     assert wire.send(get()).answer().status == 200  # no byte of a body came between
 
 
+@pytest.mark.parametrize("connection", ["close, TE", "te ,Close", "keep-alive, close"])
+def test_a_connection_is_closed_that_the_client_closes_among_other_things(wire: Wire, connection: str) -> None:
+    answer = wire.send(get(f"Connection: {connection}")).answer()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
+    assert wire.is_closed()
+
+
 def test_http_1_0_is_answered_and_closed(wire: Wire) -> None:
     assert wire.send(get().replace(b"HTTP/1.1", b"HTTP/1.0")).answer().status == 200
     assert wire.is_closed()
