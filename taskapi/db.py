@@ -5,8 +5,8 @@ import contextlib
 import functools
 import logging
 import math
+import queue
 import select
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -135,7 +135,7 @@ class Database:
         )
         self._schema_is_current = False
         self._is_down = False
-        self._turns = [threading.Semaphore(max(1, self._pool.max_size // 2)) for _ in range(TURNS)]
+        self._turns = [_turns(max(1, self._pool.max_size // 2)) for _ in range(TURNS)]
 
     def close(self) -> None:
         """Closes the pool, unless it is lent: its owner closes that."""
@@ -191,12 +191,14 @@ class Database:
         """One person's requests have half of the pool at most: whose are slow, searches say, waits for themselves, and
         nobody else for them. Raises TooManyRequests where it is not their turn within POOL_TIMEOUT."""
         turns = self._turns[hash(params["user_id"]) % TURNS]
-        if not turns.acquire(timeout=self._patience(until)):
-            raise psycopg_pool.TooManyRequests("one person's requests have half of the pool")
+        try:
+            turn = turns.get(timeout=self._patience(until))
+        except queue.Empty:
+            raise psycopg_pool.TooManyRequests("one person's requests have half of the pool") from None
         try:
             return self._run(name, params, custom_plan, until)
         finally:
-            turns.release()
+            turns.put(turn)
 
     def _patience(self, until: float) -> float:
         """Seconds for which a request waits; after one that has waited in vain nobody does, until there is a connection
@@ -318,6 +320,14 @@ class Database:
                 cursor.execute(migrations()[name])
                 cursor.execute(statement("record_migration"), {"name": name})
         return missing
+
+
+def _turns(count: int) -> queue.SimpleQueue[None]:
+    """A semaphore: threading's own is written in Python, and on the path of every request."""
+    turns: queue.SimpleQueue[None] = queue.SimpleQueue()
+    for _ in range(count):
+        turns.put(None)
+    return turns
 
 
 def first_line(error: Exception) -> str:
