@@ -3,6 +3,7 @@
 import array
 import contextlib
 import functools
+import heapq
 import logging
 import os
 import re
@@ -460,12 +461,13 @@ class Server(TcpWSGIServer):
 
     def handle_accept(self) -> None:
         """Makes room for a new client, if need be, by closing the connection that was idle for longest, or else the
-        one that has kept us waiting for longest."""
+        one that has kept us waiting for longest; and one more for each that a thread had at work then."""
         super().handle_accept()
-        if len(self.active_channels) > self._room:
+        excess = len(self.active_channels) - self._room
+        if excess > 0:
             waiting = [channel for channel in list(self.active_channels.values()) if channel.is_waiting()]
-            if waiting[:-1]:  # the last is the new one
-                min(waiting[:-1], key=Channel.patience).close_if(Channel.is_waiting)
+            for channel in heapq.nsmallest(excess, waiting[:-1], key=Channel.patience):  # the last is the new one
+                channel.close_if(Channel.is_waiting)
 
     def maintenance(self, now: float) -> None:
         """Closes connections that were idle, or busy with one request or answer, for too long."""

@@ -214,7 +214,11 @@ def count_threads(pid: int) -> int:
 def disk_use(pid: int) -> int:
     """Bytes in its temporary files, which have no name."""
     folder = Path(f"/proc/{pid}/fd")
-    return sum(fd.stat().st_size for fd in folder.iterdir() if "(deleted)" in os.readlink(fd))
+    size = 0
+    for fd in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            size += fd.stat().st_size if "(deleted)" in os.readlink(fd) else 0
+    return size
 
 
 def peak_memory(pid: int) -> int:
