@@ -31,7 +31,7 @@ from psycopg.conninfo import make_conninfo
 
 from taskapi.local import Cluster
 from taskapi.schemas import MAX_BULK
-from taskapi.server import LINGER, MAX_THREADS
+from taskapi.server import LINGER, MAX_THREADS, has_arrival
 from tests.people import SECRET, mint
 from tests.processes import (
     PYTHON,
@@ -892,6 +892,24 @@ def test_for_one_connection_too_many_the_longest_idle_is_closed_and_no_busy_one(
         assert busy.answer().status == 200
         assert half.send(create()[-1:]).answer().status == 201
         assert len(reading.answer().json) == 1000
+
+
+def test_room_is_made_though_a_thread_works_at_who_would_have_to_go(start: Start) -> None:
+    slow = """
+def work(*a, f=server.Channel.work, calls=[]):
+    calls.append(a)
+    if len(calls) == 1: time.sleep(4)
+    f(*a)
+server.Channel.work, server.MAX_CONNECTIONS = work, 4
+"""
+    with start(slow) as server, ExitStack() as stack:
+        (busy,) = connect(server, stack, 1)
+        busy.send(LIVEZ)
+        linger(0.2)
+        wires = connect(server, stack, 12)
+        linger(2)
+        assert sum(has_arrival(wire.sock) for wire in wires) >= 6  # of each its end
+        assert busy.answer().status == 200
 
 
 @pytest.mark.parametrize("sent", [b"", b"G", create()[:-1]])
