@@ -1132,8 +1132,8 @@ def test_no_more_than_one_answer_waits_for_a_slow_reader(start: Start) -> None:
 
 
 @pytest.mark.usefixtures("_reader")
-def test_an_answer_that_was_read_is_kept_no_longer(server: Server) -> None:
-    with Wire(server.url) as wire:
+def test_an_answer_that_was_read_is_kept_no_longer(start: Start) -> None:
+    with start() as server, Wire(server.url) as wire:  # and with nobody else's files
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
         wire.send(LONG).sock.recv(1, socket.MSG_PEEK)
         wait_until(lambda: disk_use(server.popen.pid) > 1_000_000, "it lies on the disk")
