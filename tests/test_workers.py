@@ -264,23 +264,12 @@ def test_a_signal_ends_the_listening_and_every_request_that_has_arrived_is_answe
         assert_ends(server, within=5)
 
 
-def test_requests_that_came_at_once_on_one_connection_are_all_answered(start: Start, database_url: str) -> None:
-    titles = names(5)
-    with start() as server, Wire(server.url) as wire:
-        with tasks_locked(database_url) as wait_for:
-            wire.send(b"".join(map(create, titles)))
-            wait_for(1)
-            server.popen.send_signal(signal.SIGTERM)
-            wait_until_refused(server)
-        answers = [wire.answer() for _ in titles]
-        assert [answer.json["title"] for answer in answers] == titles
-        assert [answer.headers.get("connection") for answer in answers] == [*[None] * 4, "close"]
-        assert_ends(server, within=5)
-
-
-def test_everything_that_has_arrived_on_one_connection_is_answered(start: Start, database_url: str) -> None:
+@pytest.mark.parametrize("count", [5, 60])
+def test_requests_that_came_at_once_on_one_connection_are_all_answered(
+    start: Start, database_url: str, count: int
+) -> None:
     """Also what the server has not read yet."""
-    titles = names(60)
+    titles = names(count)
     with start() as server, Wire(server.url) as wire:
         with tasks_locked(database_url) as wait_for:
             wire.send(b"".join(map(create, titles)))
@@ -289,7 +278,7 @@ def test_everything_that_has_arrived_on_one_connection_is_answered(start: Start,
             wait_until_refused(server)
         answers = [wire.answer() for _ in titles]
         assert [answer.json["title"] for answer in answers] == titles
-        assert [answer.headers.get("connection") for answer in answers] == [*[None] * 59, "close"]
+        assert [answer.headers.get("connection") for answer in answers] == [*[None] * (count - 1), "close"]
         assert_ends(server, within=5)
 
 
