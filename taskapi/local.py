@@ -211,9 +211,12 @@ class Cluster:
         above = {*self._data.parents, *binaries.parents}
         if all(path.stat().st_mode & 0o001 for path in above):
             return command
-        # Root's own folders, as /root and what mktemp makes, let nobody else through: this one right of root's
-        # stays with PostgreSQL then. Opening the folders instead would let everybody through.
-        return [*command, "--inh-caps=-all,+dac_override", "--ambient-caps=+dac_override"]
+        # Only root can pass through folders of mode 0700 such as /root. PostgreSQL keeps that one right of root's;
+        # opening the folders would let everyone through. initdb checks its own binary with access(2), which heeds
+        # the right only with no_setuid_fixup.
+        right = "-all,+dac_override"
+        rights = [f"--inh-caps={right}", "--ambient-caps=+dac_override", f"--bounding-set={right}"]
+        return [*command, *rights, "--securebits=+no_setuid_fixup"]
 
 
 @contextlib.contextmanager
