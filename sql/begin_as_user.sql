@@ -1,7 +1,7 @@
--- Runs before every statement, in its transaction and round trip: from here to the end of the transaction the
--- connection is one user's and nobody else's. All settings are local, so that nothing of a request survives into
--- the next borrower of the connection, and so that a lent pool or PgBouncer needs no settings of its own.
--- Plans are generic and kept; but see force_custom_plan.sql.
+-- Runs before every statement of a request, in the same transaction and round trip. Sets the role, the user for
+-- row-level security, and the timeouts. All settings end with the transaction: the next request on the connection does
+-- not have them, and the pool of an embedding app or PgBouncer needs no settings.
+-- Plans are generic and PostgreSQL keeps them; for the exception see force_custom_plan.sql.
 -- Parameters: user_id
 SELECT set_config('role', 'taskapi_user', true),
        set_config('taskapi.user_id', %(user_id)s, true),

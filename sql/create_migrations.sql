@@ -1,4 +1,4 @@
--- Makes the place where migrations are recorded, if it is not there.
+-- Creates the table of applied migrations, if it is missing.
 -- Parameters: none
 CREATE TABLE IF NOT EXISTS taskapi.migrations (
     name text PRIMARY KEY,

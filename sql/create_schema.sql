@@ -1,3 +1,3 @@
--- Makes the schema that sits beside an estate's own, if it is not there.
+-- Creates the schema, if it is missing.
 -- Parameters: none
 CREATE SCHEMA IF NOT EXISTS taskapi

@@ -1,9 +1,12 @@
--- Adds the tasks of a JSON array in its order, and returns them as one, the tag and the id of the first, and whether
--- their owner is new. The owner's row is made with the first task, and takes a new email or name from the token.
--- Times are taken with that row locked: what is newer by them was committed later, so that updated_since misses nothing.
--- A list's versions begin with the time: whoever was deleted and comes back meets none that they had before.
--- With a key it keeps the answer for whoever repeats the request, fails if that was done before, and clears answers that
--- are a day old.
+-- Creates the tasks of a JSON array, in its order. Returns them as one JSON array, the entity tag and the id of the
+-- first task, and whether the user is new.
+-- The first task creates the user's row. Later ones update email and name, if the token has them.
+-- The times of the tasks are taken while that row is locked: a later time means a later commit, so that a client that
+-- uses updated_since misses no change.
+-- The version of a new user starts with the current time. If a user is deleted and created again, no old version
+-- returns.
+-- If there is a key: stores the answer for a repeated request, fails if the key is in use, and deletes the answers that
+-- are older than 24 hours.
 -- Parameters: user_id, email, name, tasks, key, digest
 WITH owner AS (
     INSERT INTO taskapi.users AS u (id, email, name, version)
@@ -25,10 +28,10 @@ WITH owner AS (
     RETURNING *
 ), answer AS (
     SELECT coalesce(json_agg(created ORDER BY id), '[]') AS body, min(updated_at) AS updated_at, min(id) AS id FROM created
-), kept AS (
+), stored AS (
     INSERT INTO taskapi.first_answers (user_id, key, digest, answer)
     SELECT %(user_id)s, %(key)s, %(digest)s, body FROM answer WHERE %(key)s::text IS NOT NULL
-), cleared AS (
+), expired AS (
     DELETE FROM taskapi.first_answers
     WHERE user_id = %(user_id)s AND %(key)s::text IS NOT NULL AND created_at < now() - interval '24 hours'
 )

@@ -1,5 +1,5 @@
--- Deletes a task and returns it as it was, as JSON, and its tag.
--- The owner's row is locked first, as it is by what writes several tasks: two writers could deadlock else.
+-- Deletes a task. Returns the task as it was, as JSON, and its entity tag.
+-- Locks the user's row first, as every change of tasks does: otherwise two changes could deadlock.
 -- Parameters: user_id, id, if_match
 WITH owner AS (
     SELECT u.id FROM taskapi.users AS u WHERE u.id = %(user_id)s FOR NO KEY UPDATE

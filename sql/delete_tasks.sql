@@ -1,5 +1,6 @@
--- Deletes the user's tasks that pass every filter given, and returns them as one JSON array, oldest first, and how many
--- they were; no row where if_match names another state of the list, which is 0 before the first task.
+-- Deletes the user's tasks that match all given filters. Returns them as one JSON array, oldest first, and their
+-- number. Returns no row if if_match does not have the current version of the list. The version is 0 before the first
+-- task.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, if_match
 WITH owner AS (
     UPDATE taskapi.users AS u
@@ -16,10 +17,10 @@ WITH owner AS (
       AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
       AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
       AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
-      AND (%(q)s::text IS NULL OR taskapi.folded(%(q)s) ~ '\S' AND NOT EXISTS ( -- of an accent alone nothing is left
+      AND (%(q)s::text IS NULL OR taskapi.folded(%(q)s) ~ '\S' AND NOT EXISTS ( -- a lone accent becomes an empty text
           SELECT FROM (
               SELECT taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))) OFFSET 0
-          ) AS task (text) -- folded once for all words, which is what OFFSET is for: folding is what takes the time
+          ) AS task (text) -- OFFSET 0: normalizes the text once, not for each word, which is slow
           CROSS JOIN regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
           WHERE strpos(task.text, word) = 0
       ))

@@ -1,5 +1,5 @@
--- Deletes a person with everything that hangs on their row, and returns how many tasks went; no row where there is
--- nobody of that id. After lock_user.sql, in its transaction: or a task that comes meanwhile would go uncounted.
+-- Deletes a user with all rows that refer to them. Returns the number of their tasks, or no row if there is no such
+-- user. Runs after lock_user.sql, in its transaction: otherwise a task that is created meanwhile would not be counted.
 -- Parameters: user_id
 WITH deleted AS (
     DELETE FROM taskapi.users AS u WHERE u.id = %(user_id)s RETURNING u.id

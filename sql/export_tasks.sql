@@ -1,4 +1,4 @@
--- All tasks of the user in the default order, each a line of JSON as bytes of UTF-8, whatever the client's encoding is.
+-- Returns all tasks of the user, oldest first. Each is one line of JSON, as bytes of UTF-8 for every client encoding.
 -- Parameters: user_id
 SELECT convert_to(row_to_json(t)::text || E'\n', 'UTF8')
 FROM taskapi.tasks AS t

@@ -1,3 +1,3 @@
--- Runs before a statement whose best plan depends on what it is asked: which filters there are, and which order.
+-- Runs before a statement whose best plan depends on the values of its parameters: the filters and the order.
 -- Parameters: none
 SELECT set_config('plan_cache_mode', 'force_custom_plan', true)

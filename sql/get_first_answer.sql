@@ -1,4 +1,5 @@
--- What the request with this key was answered, the tag and the id of its first task, and whether this is that request.
+-- Returns the answer to the first request with this key, the entity tag and the id of its first task, and whether this
+-- request has the same body.
 -- Parameters: user_id, key, digest
 SELECT answer, answer::json -> 0 -> 'updated_at', answer::json -> 0 -> 'id', digest = %(digest)s
 FROM taskapi.first_answers

@@ -1,4 +1,4 @@
--- One task of the user as JSON, and its tag: updated_at, which no two of its states share, in quotes.
+-- Returns one task of the user as JSON, and its entity tag: updated_at in quotes. Every change of the task changes it.
 -- Parameters: user_id, id
 SELECT row_to_json(t), to_json(t.updated_at)
 FROM taskapi.tasks AS t

@@ -1,4 +1,5 @@
--- How many writes the user's list has seen, and what signs the cursors of its pages; no row before the first task.
+-- Returns the version of the user's list, which increases with every change, and the key that signs the cursors of the
+-- list. Returns no row before the first task.
 -- Parameters: user_id
 SELECT u.version, u.cursor_key
 FROM taskapi.users AS u

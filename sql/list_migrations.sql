@@ -1,3 +1,3 @@
--- The names of the migrations that this database has.
+-- Returns the names of the applied migrations.
 -- Parameters: none
 SELECT name FROM taskapi.migrations

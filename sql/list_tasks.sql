@@ -1,10 +1,11 @@
--- A page of the user's tasks that pass every filter given, as one JSON array of up to limit + 1 (one more tells that
--- there is a next page), how many these are, the list's version and the key of its cursors, and how many tasks there
--- are on all pages, if that was asked for.
+-- Returns a page of the user's tasks that match all given filters: a JSON array of up to limit + 1 tasks (the last one
+-- only shows that there is a next page), the number of tasks in it, the version of the list, the key that signs its
+-- cursors, and, if count is true, the number of tasks on all pages.
 --
--- The planner drops the conditions on what is not given, and what is left can use an index: for the plain list in a
--- generic plan that is kept, for any other in a custom one (db.py). The conditions on due_at say least, not coalesce:
--- that is not leakproof, and so no index may serve it before the policy.
+-- The planner removes the conditions on parameters that are not given. The other conditions can use an index: with a
+-- generic plan for the list without parameters, with a custom plan for every other list (statements.py). The conditions
+-- on due_at use least and not coalesce: coalesce is not leakproof, and row-level security would not let it use an
+-- index.
 -- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, sort, after, after_id, limit, count
 WITH chosen AS NOT MATERIALIZED (
     SELECT t AS task, t.id,
@@ -34,10 +35,10 @@ WITH chosen AS NOT MATERIALIZED (
       AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
       AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
       AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
-      AND (%(q)s::text IS NULL OR taskapi.folded(%(q)s) ~ '\S' AND NOT EXISTS ( -- of an accent alone nothing is left
+      AND (%(q)s::text IS NULL OR taskapi.folded(%(q)s) ~ '\S' AND NOT EXISTS ( -- a lone accent becomes an empty text
           SELECT FROM (
               SELECT taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))) OFFSET 0
-          ) AS task (text) -- folded once for all words, which is what OFFSET is for: folding is what takes the time
+          ) AS task (text) -- OFFSET 0: normalizes the text once, not for each word, which is slow
           CROSS JOIN regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
           WHERE strpos(task.text, word) = 0
       ))

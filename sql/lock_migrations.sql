@@ -1,3 +1,3 @@
--- Keeps other migrations waiting until the transaction ends.
+-- Makes other migrations wait until the transaction ends.
 -- Parameters: none
 SELECT pg_advisory_xact_lock(7234918115604331)

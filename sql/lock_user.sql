@@ -1,4 +1,4 @@
--- Keeps other writers of the user's list waiting until the transaction ends; no row where there is nobody of that id.
+-- Makes other changes of the user's tasks wait until the transaction ends. Returns no row if there is no such user.
 -- Parameters: user_id
 SELECT u.id
 FROM taskapi.users AS u

@@ -1,3 +1,3 @@
--- Notes that a migration was applied.
+-- Records that a migration was applied.
 -- Parameters: name
 INSERT INTO taskapi.migrations (name) VALUES (%(name)s)

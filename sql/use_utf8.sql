@@ -1,4 +1,4 @@
--- Runs before begin_as_user.sql, in its transaction, on a connection that a host or DATABASE_URL has set to another
--- encoding: what is sent and answered is UTF-8, whatever the database is in.
+-- Runs before begin_as_user.sql, in its transaction, if an embedding app or DATABASE_URL has set another encoding for
+-- the connection: the API sends and receives text in UTF-8, for every encoding of the database.
 -- Parameters: none
 SELECT set_config('client_encoding', 'UTF8', true)

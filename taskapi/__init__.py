@@ -1,57 +1,60 @@
-"""taskapi: a JWT-secured task-management REST API, alone or inside another Flask app."""
+"""taskapi: a JWT-secured task-management REST API, as an app of its own or as a part of another Flask app."""
 
 import os
 from collections.abc import Callable
 from typing import Any
 
-import psycopg_pool
 from flask import Flask
+from psycopg_pool import ConnectionPool
 
-from . import auth, commands, db, docs, health, limits, logs, openapi, problems, tasks
+VERSION = "0.2.0"  # defined before the imports, because the modules import it
+
+from . import commands, context, db, docs, health, limits, logs, openapi, problems, proxy, tasks, tokens
 from .config import ConfigError, Settings
 
-__all__ = ["ConfigError", "Settings", "create_app", "init_app"]
+__all__ = ["VERSION", "ConfigError", "Settings", "create_app", "init_app"]
 
 
 class App(Flask):
-    """Flask without what this API has no use for, and each request would pay for."""
+    """Calls each view directly. Flask would check before each call whether the view is a coroutine; none is."""
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
-        """No function here is a coroutine: none needs to be looked at before each call."""
         return func
 
 
 def create_app(settings: Settings | None = None) -> Flask:
-    """The API as an app of its own, by `settings` or else by the environment."""
+    """Creates an app that serves only the API. Without `settings`, reads the environment. Raises ConfigError."""
     settings = settings or Settings.from_env(os.environ)
     app = App(__name__, static_folder=None)
-    logs.log_requests(app)
+    logs.init_app(app)
     init_app(app, settings)
     health.init_app(app)
     if settings.docs:
         openapi.init_app(app)
         docs.init_app(app)
-    problems.handle(app)
+    if settings.metrics:
+        from . import metrics  # needs an extra
+
+        metrics.init_app(app)
+    if settings.trusted_proxy:
+        app.wsgi_app = proxy.TrustedProxy(app.wsgi_app, settings.trusted_proxy)  # type: ignore[method-assign]
+    problems.register_handlers(app)
     return app
 
 
 def init_app(
-    app: Flask,
-    settings: Settings | None = None,
-    *,
-    url_prefix: str = "/api",
-    pool: psycopg_pool.ConnectionPool | None = None,
+    app: Flask, settings: Settings | None = None, *, url_prefix: str = "/api", pool: ConnectionPool | None = None
 ) -> None:
-    """Takes the API into `app`, at `url_prefix`, by `settings` or else by the environment.
+    """Adds the API to `app` at `url_prefix`. Without `settings`, reads the environment. Raises ConfigError.
 
-    `pool` lends an open psycopg pool; without one the API keeps its own, to `settings.database_url`. Nothing of the
-    app outside the prefix changes. Raises ConfigError where something that is needed is not set.
+    `pool` is an open psycopg pool whose connections the API uses. Without it, the API creates a pool. Routes and error
+    handlers outside the prefix do not change.
     """
     settings = settings or Settings.from_env(os.environ)
-    app.extensions["taskapi.limits"] = limits.Limits(settings)
-    app.extensions["taskapi.guard"] = auth.Guard(settings)
-    app.extensions["taskapi.database"] = db.Database(settings.database_url, pool)
+    verifier = tokens.TokenVerifier(settings)
+    database = db.Database(settings.database_url, pool)
+    limiter = limits.Limits(settings, database.max_connections)
+    app.extensions["taskapi"] = context.TaskAPI(settings, database, verifier, limiter)
     app.url_map.converters.update(taskapi_user=tasks.UserId, taskapi_id=tasks.TaskId)
-    app.extensions["taskapi.cors_origins"] = settings.cors_origins
     app.register_blueprint(tasks.bp, url_prefix=url_prefix)
     app.cli.add_command(commands.group)

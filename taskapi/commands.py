@@ -1,4 +1,4 @@
-"""`flask taskapi …`: what whoever looks after the tasks does by hand, or by a script."""
+"""`flask taskapi …`: the commands for operators, in a terminal or in scripts."""
 
 import errno
 import json
@@ -6,274 +6,202 @@ import os
 import re
 import sys
 from datetime import timedelta
-from http.client import HTTPException
 from typing import Any
 
 import click
 import psycopg
-from flask import current_app
 from flask.cli import AppGroup
 from psycopg.rows import TupleRow, tuple_row
-from psycopg.sql import SQL, Literal
 
-from . import auth, keys, logs
-from .config import Settings
-from .db import SchemaBehind, database, first_line, planned, statement
-from .pipeline import ConnectionLost, numbered
+from . import jwks, logs, migrations, tokens
+from .config import ConfigError, Settings
+from .context import get_api
+from .db import first_line
+from .migrations import SchemaOutdated
+from .statements import load_sql
 
-REQUESTS: tuple[tuple[str, dict[str, Any], bool], ...] = (
-    ("list_tasks", {"limit": 1000}, False),
-    ("list_tasks", {"limit": 1000, "is_completed": False, "sort": "due_at"}, True),
-    ("get_user", {}, False),
-    ("get_task", {"id": 1}, False),
-    ("create_tasks", {"tasks": "[]"}, False),
-    ("create_tasks", {"tasks": "[]", "key": "k", "digest": "d"}, False),
-    ("get_first_answer", {"key": "k", "digest": "d"}, False),
-    ("update_task", {"id": 1, "changes": "{}"}, False),
-    ("delete_task", {"id": 1}, False),
-    ("delete_tasks", {"is_completed": True}, True),
-)
-"""What requests run: a statement, parameters that they give, and whether it gets a custom plan for them."""
-
-BATCH = 200
-"""Rows of an export that are here at a time: 8 MB, where all of them are as long as a task can be."""
-
-NOT_CHECKED = "not checked: it needs what is wrong above"
+BATCH = 200  # rows that an export holds in memory: 8 MB if every task has the maximum length
+COMMAND = "flask --app wsgi taskapi"
+NOT_CHECKED = "not checked because of the problem above"
 
 
 class Commands(AppGroup):
-    """Commands that end with one line and status 1 where the database or the disk does not do what they ask."""
+    """Prints one line and exits with status 1 if the settings, the database or the output fail."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (psycopg.Error, ConnectionLost, SchemaBehind) as error:
-            raise click.ClickException(_remedy(error)) from None
+        except ConfigError as error:
+            raise click.ClickException(str(error)) from None
+        except psycopg.Error as error:
+            raise click.ClickException(_describe(error)) from None
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # a closed pipe ends it quietly
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the rest fails at the process's end
+                raise  # a closed pipe: click ends the command without a message
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it at exit: no second error
             raise click.ClickException(f"the output cannot be written: {error.strerror}") from None
 
 
 def _user_id(value: str) -> str:
-    if not auth.is_user_id(value):
-        raise click.BadParameter(f"an id has 1 to {auth.MAX_USER_ID:,} bytes of UTF-8")
+    if not tokens.is_user_id(value):
+        raise click.BadParameter(f"an id has 1 to {tokens.MAX_USER_ID:,} bytes of UTF-8")
     return value
 
 
 def _duration(value: str) -> timedelta:
+    units = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
     if match := re.fullmatch(r"([1-9][0-9]{0,5})([smhd])", value):
-        return timedelta(**{_UNITS[match[2]]: int(match[1])})
+        return timedelta(**{units[match[2]]: int(match[1])})
     raise click.BadParameter(f"{value!r} is not a number of seconds, minutes, hours or days: 90s, 15m, 1h, 7d")
 
 
-_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
-AS_JSON = click.option("--json", "as_json", is_flag=True, help="JSON objects, one a line.")
 
 group = Commands(
     "taskapi",
-    help="""Look after the tasks.
+    help="""Commands for operators.
 
-    Status 0: it is done, and well. 1: something is wrong or was not done, and stderr or the output says what.
-    2: the command was not understood.
-
-    \b
-    Examples:
-      flask --app wsgi taskapi check
-      flask --app wsgi taskapi export --help
+    Exit status 0: done, and nothing is wrong. 1: something is wrong or was not done; the output says what. 2: the
+    command line is wrong.
     """,
+    epilog=_examples(f"{COMMAND} check", f"{COMMAND} export --help"),
 )
 
 
-@group.command()
+@group.command(epilog=_examples(f"{COMMAND} migrate"))
 def migrate() -> None:
     """Bring the database's schema up to date.
 
-    Applies the migrations that are missing, all or none, under a lock; says which. Without any it changes nothing.
-
-    \b
-    Example:
-      flask --app wsgi taskapi migrate
+    Applies the missing migrations, all or none, under a lock, and prints their names.
     """
-    names = database().migrate()
+    names = migrations.migrate(get_api().database)
     click.echo("\n".join(f"applied {name}" for name in names) or "the schema is up to date")
 
 
-@group.command()
+@group.command(
+    epilog=_examples(f"{COMMAND} token me", f'export AUTH="Authorization: Bearer $({COMMAND} token me --expires 15m)"')
+)
 @click.argument("user", type=_user_id)
-@click.option("--email", help="The person's address, kept with the first task.")
+@click.option("--email", help="The user's email address, stored with the first task.")
 @click.option("--expires", type=_duration, metavar="DURATION", default="1h", show_default=True, help="90s, 15m, 1h, 7d")
 def token(user: str, email: str | None, expires: timedelta) -> None:
-    """Print a token for USER, for ops scripts and trials.
+    """Print a token for USER, for scripts and trials.
 
-    It is signed with the secret in force, and so there must be one.
-
-    \b
-    Examples:
-      flask --app wsgi taskapi token me
-      export AUTH="Authorization: Bearer $(flask --app wsgi taskapi token me --expires 15m)"
+    It is signed with BETTER_AUTH_SECRET, which must be set.
     """
-    settings = _settings()
+    settings = get_api().settings
     if not settings.secrets:
-        raise click.ClickException("BETTER_AUTH_SECRET is not set: only your issuer can make tokens")
-    click.echo(auth.issue(settings, user, expires, email))
+        raise click.ClickException("BETTER_AUTH_SECRET is not set: only your issuer can sign tokens")
+    click.echo(tokens.issue_token(settings, user, expires, email))
 
 
-@group.command()
-@AS_JSON
+@group.command(epilog=_examples(f"{COMMAND} check", f"{COMMAND} check --json"))
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def check(as_json: bool) -> None:
-    """Say whether all is well, or what to do.
+    """Report whether requests can be served, or what to do.
 
-    A line each for the configuration, the database, its schema, row-level security and the keys. Nothing is changed,
-    and no secret shown. A configuration that cannot be used ends this and any command with one line on stderr.
-
-    \b
-    Examples:
-      flask --app wsgi taskapi check
-      flask --app wsgi taskapi check --json
+    A line each for the configuration, the database, its schema, row-level security and the keys. Changes nothing and
+    shows no secret. If a setting is invalid, this and every other command prints one line on stderr and stops.
     """
-    found = {"configuration": None, **_faults_of_database(), "keys": _fault_of_keys(_settings())}
-    for name, fault in found.items():
-        finding = {"name": name, "ok": fault is None, "detail": fault}
-        click.echo(json.dumps(finding) if as_json else f"{name}: {fault or 'ok'}")
+    found = {"configuration": None, **_check_database(), "keys": _check_keys(get_api().settings)}
+    for name, detail in found.items():
+        finding = {"name": name, "ok": detail is None, "detail": detail}
+        click.echo(json.dumps(finding) if as_json else f"{name}: {detail or 'ok'}")
     if any(found.values()):
         raise SystemExit(1)
 
 
-@group.command()
+@group.command(epilog=_examples(f"{COMMAND} export me > tasks.jsonl", f"{COMMAND} export me | head -1"))
 @click.argument("user", type=_user_id)
 def export(user: str) -> None:
     """Print the tasks of USER as lines of JSON.
 
-    Oldest first, and as they were at one moment, however many they are and however slowly they are read.
-
-    \b
-    Examples:
-      flask --app wsgi taskapi export me > tasks.jsonl
-      flask --app wsgi taskapi export me | head -1
+    Oldest first, from one snapshot, in constant memory.
     """
-    with database().session_as(user) as cursor:
-        _require(cursor, user)
-        cursor.execute(statement("take_time"))
+    with get_api().database.transaction_as(user) as cursor:
+        _require_user(cursor, user)
+        cursor.execute(load_sql("disable_timeout"))
         rows = psycopg.ServerCursor(cursor.connection, "taskapi_export", row_factory=tuple_row)
         rows.itersize = BATCH
-        with rows.execute(statement("export_tasks"), {"user_id": user}, binary=True):
+        with rows.execute(load_sql("export_tasks"), {"user_id": user}, binary=True):
             sys.stdout.buffer.writelines(line for (line,) in rows)
-    sys.stdout.buffer.flush()  # here, where a closed pipe ends it quietly
+    sys.stdout.buffer.flush()  # not only at exit: if the pipe is closed, click ends the command without a message
 
 
-@group.command()
+@group.command(epilog=_examples(f"{COMMAND} delete-user me", f"{COMMAND} delete-user you --yes"))
 @click.argument("user", type=_user_id)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_user(user: str, yes: bool) -> None:
-    """Delete USER with all of their tasks, for good.
+    """Delete USER and all of their tasks. This cannot be undone.
 
-    A token of theirs that is still good would make them anew with its next task: let your issuer end their sessions
-    first.
-
-    \b
-    Examples:
-      flask --app wsgi taskapi delete-user me
-      flask --app wsgi taskapi delete-user you --yes
+    First end the user's sessions at your issuer: with a token that is still valid, the next new task creates the user
+    again.
     """
     if not yes:
-        with database().session_as(user) as cursor:
-            _require(cursor, user)
+        with get_api().database.transaction_as(user) as cursor:
+            _require_user(cursor, user)
         click.confirm(f"Delete {user!r} with all of their tasks?", abort=True)
-    with database().session_as(user, changes=True) as cursor:
-        _require(cursor, user, "lock_user")
-        cursor.execute(statement("take_time"))
-        [(count,)] = cursor.execute(statement("delete_user"), {"user_id": user})
-    if not logs.log.hasHandlers():  # a host may have set up its own
+    with get_api().database.transaction_as(user, commit=True) as cursor:
+        _require_user(cursor, user, "lock_user")
+        cursor.execute(load_sql("disable_timeout"))
+        [(count,)] = cursor.execute(load_sql("delete_user"), {"user_id": user})
+    if not logs.log.hasHandlers():  # an embedding app may have configured logging
         logs.configure()
     logs.log.info("user deleted", extra={"user": user, "count": count})
     click.echo(f"deleted {user!r}, tasks: {count}")
 
 
-@group.command()
-@click.option("--user", type=_user_id, metavar="USER", help="Whose requests; by default of somebody average.")
-@AS_JSON
-def explain(user: str | None, as_json: bool) -> None:
-    """Print the plans of what requests run.
+@group.command(epilog=_examples(f"{COMMAND} metrics"))
+def metrics() -> None:
+    """Serve the metrics of several processes to Prometheus.
 
-    As PostgreSQL makes them in this database for the role taskapi_user, under row-level security; kept ones where
-    requests keep them. Nothing is carried out.
-
-    \b
-    Examples:
-      flask --app wsgi taskapi explain
-      flask --app wsgi taskapi explain --user me --json
+    At the address METRICS, until SIGTERM or Ctrl-C. PROMETHEUS_MULTIPROC_DIR names the folder that the processes write
+    to. It must be empty when they start.
     """
-    form = SQL("JSON" if as_json else "TEXT")
-    with database().session_as(user or "") as cursor:
-        if user:
-            _require(cursor, user)
-        for name, given, custom_plan in REQUESTS:
-            plan = _plan(cursor, name, {**given, "user_id": user or ""}, custom_plan, form)
-            if as_json:
-                click.echo(json.dumps({"statement": name, "parameters": given, "plan": plan[0][0][0]["Plan"]}))
-            else:
-                click.echo("\n  ".join([f"{name} {json.dumps(given)}", *(line for (line,) in plan)]) + "\n")
+    settings = get_api().settings
+    if settings.metrics is None:
+        raise click.ClickException("METRICS is not set: set the address to listen on, such as 127.0.0.1:9464")
+    from .metrics import serve_until_stopped  # needs an extra
+
+    serve_until_stopped(*settings.metrics)
 
 
-def _plan(
-    cursor: psycopg.Cursor[TupleRow], name: str, given: dict[str, Any], custom_plan: bool, form: SQL
-) -> list[TupleRow]:
-    """A statement's plan, made for it as a prepared one: EXPLAIN by itself would always plan for the values."""
-    params = {**dict.fromkeys(numbered(statement(name)).parameters), **given}
-    *settings, text = planned(name, params, custom_plan)
-    _, text, parameters = numbered(text)
-    values = SQL(", ").join(Literal(params[one]) for one in parameters)
-    with cursor.connection.transaction(force_rollback=True):  # of the settings
-        for setting in settings:
-            cursor.execute(setting)
-        cursor.execute(b"PREPARE taskapi_explained AS " + text)
-        plan = cursor.execute(SQL("EXPLAIN (FORMAT {}) EXECUTE taskapi_explained ({})").format(form, values)).fetchall()
-        cursor.execute("DEALLOCATE taskapi_explained")
-    return plan
+def _require_user(cursor: psycopg.Cursor[TupleRow], user: str, name: str = "get_user") -> None:
+    """Ends the command with status 1 if there is no such user."""
+    if cursor.execute(load_sql(name), {"user_id": user}).fetchone() is None:
+        raise click.ClickException(f"there is no user {user!r}: a user exists from their first task on")
 
 
-def _settings() -> Settings:
-    guard: auth.Guard = current_app.extensions["taskapi.guard"]
-    return guard.settings
-
-
-def _require(cursor: psycopg.Cursor[TupleRow], user: str, name: str = "get_user") -> None:
-    """Ends the command with status 1 where the statement finds nobody of that id."""
-    if cursor.execute(statement(name), {"user_id": user}).fetchone() is None:
-        raise click.ClickException(f"there is no user {user!r}: a person is known from their first task on")
-
-
-def _remedy(error: Exception) -> str:
-    """What to do about an error of the database, in one line."""
-    if isinstance(error, (psycopg.OperationalError, ConnectionLost)) and not getattr(error, "sqlstate", None):
+def _describe(error: psycopg.Error) -> str:
+    """An error of the database in one line. If the database cannot be reached, the line says what to do."""
+    if isinstance(error, psycopg.OperationalError) and not error.sqlstate:
         return (
             f"the database cannot be reached ({first_line(error)}): "
-            "start it, or set DATABASE_URL; that of a try-out runs while `python wsgi.py` runs"
+            "start it, or set DATABASE_URL; the database of a try-out runs while `python wsgi.py` runs"
         )
     return first_line(error)
 
 
-def _faults_of_database() -> dict[str, str | None]:
+def _check_database() -> dict[str, str | None]:
     try:
-        with database().session_as("") as cursor:
-            remedies = [line for (line,) in cursor.execute(statement("list_unguarded"))]
-    except SchemaBehind as error:
+        with get_api().database.transaction_as("") as cursor:
+            remedies = [line for (line,) in cursor.execute(load_sql("find_isolation_gaps"))]
+    except SchemaOutdated as error:
         return {"database": None, "schema": str(error), "row-level security": NOT_CHECKED}
-    except (psycopg.Error, ConnectionLost) as error:
-        return {"database": _remedy(error), "schema": NOT_CHECKED, "row-level security": NOT_CHECKED}
+    except psycopg.Error as error:
+        return {"database": _describe(error), "schema": NOT_CHECKED, "row-level security": NOT_CHECKED}
     return {"database": None, "schema": None, "row-level security": "; ".join(remedies) or None}
 
 
-def _fault_of_keys(settings: Settings) -> str | None:
-    """What is wrong with the key set, if there is one; a secret is a key by being there."""
+def _check_keys(settings: Settings) -> str | None:
+    """What is wrong with the key set, if one is configured. A secret needs no check."""
     if (url := settings.key_set_url) is None:
         return None
-    remedy = "correct JWKS_URL or BETTER_AUTH_URL, or what answers there"
+    remedy = "correct JWKS_URL or BETTER_AUTH_URL, or the server there"
     try:
-        found = keys.usable_keys(keys.fetch(url))
-    except (OSError, HTTPException, ValueError) as error:
-        return f"no key set at {keys.redacted(url)} ({str(error)[:200]}): {remedy}"
-    return None if found else f"no key that verifies signatures at {keys.redacted(url)}: {remedy}"
+        found = jwks.KeySetClient(url).fetch_keys()
+    except ValueError as error:
+        return f"no key set at {jwks.redact_url(url)} ({str(error)[:200]}): {remedy}"
+    return None if found else f"no key that verifies signatures at {jwks.redact_url(url)}: {remedy}"

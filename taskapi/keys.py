@@ -1,58 +1,31 @@
-"""Where verification keys come from: shared secrets, and the key set that an issuer publishes (RFC 7517)."""
+"""The keys that verify tokens: shared secrets, and the key set of an issuer, which a thread refreshes."""
 
-import contextlib
-import http.client
 import logging
-import socket
+import math
+import os
 import threading
 import time
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
-import jwt
-
-from .schemas import parse_json
+from .jwks import KeySetClient, PublicKey, redact_url
 
 log = logging.getLogger(__name__)
 
-REFRESH = 60
-"""Seconds after which a key set is fetched again, beside the requests. A key that its issuer removed is refused after
-twice that at the latest, as long as the issuer can be reached."""
-
-MAX_AGE = 24 * 3600
-"""Seconds for which known keys go on working while their issuer cannot be reached."""
-
-COOLDOWN = 2
-"""Seconds between two fetches at least: a flood of unknown keys reaches the issuer no more often, and a new key is
-found no later."""
-
-TIMEOUT = 2
-"""Seconds that a fetch takes at most, and so a request that waits for one."""
-
-MAX_BYTES = 256 * 1024
-"""Bytes of a key set that are read at most."""
-
-ALGORITHMS = {
-    ("OKP", "Ed25519"): ("EdDSA",),
-    ("OKP", "Ed448"): ("EdDSA",),
-    ("EC", "P-256"): ("ES256",),
-    ("EC", "P-384"): ("ES384",),
-    ("EC", "P-521"): ("ES512",),
-    ("RSA", None): ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
-}
-"""What each kind of public key verifies. There is no `oct`: a secret that is published is none."""
-
-MIN_RSA_BITS = 2048  # RFC 7518 §3.3
+REFRESH = 60  # seconds between two fetches. A removed key is refused after twice that at the latest
+MAX_AGE = 24 * 3600  # seconds for which the known keys are used while the issuer cannot be reached
+COOLDOWN = 2  # seconds from the end of a fetch to the next, at least: many unknown key ids do not cause many fetches
+MAX_WAIT = 2  # seconds that a request waits for a fetch
+MAX_WAITING = 2  # requests that wait at the same time: clients that send unknown key ids must not block all threads
 
 
 class KeysUnavailable(Exception):
-    """The issuer's key server cannot be reached, and it may know the key in question."""
+    """The key is unknown, and the key set cannot be fetched now."""
 
 
-class Secrets:
-    """Shared secrets, each as good as the other."""
+class SharedSecrets:
+    """Secrets for HS256. Better Auth's tokens do not name the secret that signed them, so all secrets are tried."""
 
     generation = 0
 
@@ -60,199 +33,133 @@ class Secrets:
         self._keys = tuple(secret.encode() for secret in secrets)
 
     def is_ready(self) -> bool:
-        """Always: they are here."""
         return True
 
     def find(self, algorithm: str, kid: str | None) -> Sequence[bytes]:
-        """All of them: Better Auth's tokens do not say which one signed."""
         return self._keys
 
 
-@dataclass(frozen=True)
-class Key:
-    """A public key, and what it may verify."""
-
-    kid: str | None
-    algorithms: tuple[str, ...]
-    key: Any
-
-
 class KeySet:
-    """The keys at a JWKS URL: fetched when first needed, kept, and fetched again in the background."""
+    """The keys at a JWKS URL.
+
+    The thread that fetches them starts with the first request, so that each process of a forking server has its own.
+    It has only a weak reference to the key set, and ends when nothing else uses the key set.
+    """
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        self._keys: tuple[Key, ...] = ()
+        self._client = KeySetClient(url)
+        self._keys: tuple[PublicKey, ...] = ()
         self._generation = 0
-        self._fetched = self._tried = float("-inf")  # when a fetch last succeeded, and last ended
-        self._started = 0.0
-        self._fetching: threading.Event | None = None
-        self._lock = threading.Lock()
+        self._fetched = self._attempted = -math.inf  # when a fetch last succeeded, and when one last ended
+        self._reset()
+        _key_sets.add(self)
+
+    def _reset(self) -> None:
+        """Creates new locks. A fork copies no threads, and one of them may have held a lock or changed the keys."""
+        self._fetch_ended = threading.Condition()
+        self._wake = threading.Event()
+        self._has_refresher = False
+        self._waiting = 0
+        self._generation += 1
 
     @property
     def generation(self) -> int:
-        """Grows whenever keys come or go: what was verified under another number is to be verified again."""
-        self._refresh()
+        """A number that changes with the keys: a token that was verified under another number is verified again."""
+        self._require_refresher()
         return self._generation
 
     @property
     def age(self) -> float:
-        """Seconds since the keys were fetched."""
+        """Seconds since the last successful fetch."""
         return time.monotonic() - self._fetched
 
     def is_ready(self) -> bool:
-        """Whether any key is known; if not, the issuer is asked."""
-        self._refresh()
-        if not self._keys:  # a new Better Auth has none yet
-            self._fetch(wait=True)
-        return bool(self._keys)
+        """Whether any key is known. If none is, waits for a fetch."""
+        self._require_refresher()
+        return bool(self._keys or (self._wait_for_fetch(MAX_WAITING) and self._keys))
 
     def find(self, algorithm: str, kid: str | None) -> Sequence[Any]:
-        """The keys that may have signed so; none, if the issuer has none. Raises KeysUnavailable."""
-        self._refresh()
-        known = any(algorithm in key.algorithms and kid in (None, key.kid) for key in self._keys)
-        current = known or self._fetch(wait=True)
-        usable = [key for key in self._keys if algorithm in key.algorithms]
-        keys = [key.key for key in usable if kid is None or key.kid in (None, kid)]
-        if not keys and not current:
-            raise KeysUnavailable
-        return keys
+        """The keys that may have signed a token; empty if the issuer has no such key. Raises KeysUnavailable.
 
-    def _refresh(self) -> None:
-        """Fetches old keys anew, beside the request; what is too old is waited for."""
-        if (age := self.age) > REFRESH:
-            self._fetch(wait=age > 2 * REFRESH)
-
-    def _fetch(self, *, wait: bool) -> bool:
-        """Starts a fetch, unless one is under way or ended just now. Returns whether the last one succeeded.
-
-        Who waits does so until TIMEOUT after the fetch began, however often one request asks; and nobody waits for
-        the fetch that follows a failure.
+        Any key may have signed a token without `kid`, and a key without `kid` may have signed any token.
         """
-        with self._lock:
-            now = time.monotonic()
-            if now - self._fetched > MAX_AGE:
-                self._replace(())
-            lost = now - self._started > REFRESH  # its thread is stuck in the resolver, or was left behind in a fork
-            if (self._fetching is None or lost) and now - self._tried >= COOLDOWN:
-                self._start(now)
-            fetching, patient = self._fetching, self._fetched >= self._tried or now - self._tried > REFRESH
-        if fetching and wait and patient:
-            fetching.wait(self._started + TIMEOUT - now)
-        return self._fetching is None and self._fetched >= self._tried
+        self._require_refresher()
+        is_known = any(algorithm in key.algorithms and kid in (None, key.kid) for key in self._keys)
+        is_current = is_known or self._wait_for_fetch(MAX_WAITING)
+        found = [key for key in self._keys if algorithm in key.algorithms and (kid is None or key.kid in (None, kid))]
+        if not found and not is_current:
+            raise KeysUnavailable
+        return [key.key for key in found]
 
-    def _start(self, now: float) -> None:
-        self._started = now
-        self._fetching = threading.Event()
+    def _require_refresher(self) -> None:
+        """Starts the thread if there is none. Waits for a fetch if the last one is too old."""
+        if not self._has_refresher:
+            self._start_refresher()
+        if self._keys and time.monotonic() - self._attempted > 2 * REFRESH:  # the process was suspended
+            self._wait_for_fetch()
+
+    def _start_refresher(self) -> None:
+        with self._fetch_ended:
+            if self._has_refresher or time.monotonic() - self._attempted < COOLDOWN:
+                return
+            arguments = weakref.ref(self), self._wake
+            try:
+                threading.Thread(target=_refresh, args=arguments, name="taskapi-jwks", daemon=True).start()
+                self._has_refresher = True
+            except RuntimeError as error:  # the system cannot start another thread
+                self._end_fetch(error)
+
+    def _wait_for_fetch(self, limit: float = math.inf) -> bool:
+        """Waits for a fetch, unless one has just ended or `limit` requests wait. Whether the last fetch succeeded."""
+        with self._fetch_ended:
+            before = self._attempted
+            if time.monotonic() - before >= COOLDOWN:
+                if self._waiting >= limit:
+                    return False
+                self._wake.set()
+                self._waiting += 1
+                try:
+                    if not self._fetch_ended.wait_for(lambda: self._attempted != before, MAX_WAIT):
+                        self._end_fetch(TimeoutError("timed out"))  # a DNS lookup may take longer
+                finally:
+                    self._waiting -= 1
+            return self._fetched == self._attempted
+
+    def _fetch(self) -> None:
         try:
-            threading.Thread(target=self._work, args=[self._fetching], name="taskapi-jwks", daemon=True).start()
-        except RuntimeError as error:  # no more threads
-            self._fetching, self._tried = None, now
-            self._log_failure(error)
+            self._end_fetch(self._client.fetch_keys())
+        except Exception as error:  # of any type: the thread must continue
+            self._end_fetch(error)
 
-    def _work(self, ended: threading.Event) -> None:
-        keys = None
-        try:
-            keys = usable_keys(fetch(self._url))
-        except Exception as error:
-            self._log_failure(error)
-        finally:
-            with self._lock:
-                if ended is self._fetching:
-                    self._end(keys)
-            ended.set()
-
-    def _end(self, keys: tuple[Key, ...] | None) -> None:
-        now = time.monotonic()
-        if keys is not None:
-            self._replace(keys)
-            self._fetched = now
-        self._tried = now
-        self._fetching = None
-
-    def _replace(self, keys: tuple[Key, ...]) -> None:
-        if keys != self._keys:
-            self._keys = keys
-            self._generation += 1
-
-    def _log_failure(self, error: Exception) -> None:
-        log.warning("key set refresh failed", extra={"url": redacted(self._url), "reason": str(error)[:200]})
+    def _end_fetch(self, result: tuple[PublicKey, ...] | Exception) -> None:
+        with self._fetch_ended:
+            self._attempted = time.monotonic()
+            if isinstance(result, Exception):
+                reason, url = str(result)[:200], redact_url(self._client.uri)
+                log.warning("key set refresh failed: %s", reason, extra={"url": url, "reason": reason})
+                result = self._keys if self.age <= MAX_AGE else ()
+            else:
+                self._fetched = self._attempted
+            if result != self._keys:
+                self._keys = result
+                self._generation += 1  # after the keys: a token that is verified between the two is verified again
+            self._wake.clear()
+            self._fetch_ended.notify_all()
 
 
-def redacted(url: str) -> str:
-    """A URL without the parts that may hold a password."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+def _refresh(reference: weakref.ref[KeySet], wake: threading.Event) -> None:
+    while key_set := reference():
+        key_set._fetch()
+        del key_set
+        wake.wait(REFRESH)
 
 
-def fetch(url: str) -> bytes:
-    """What is at `url`, within TIMEOUT once connected; a redirect is not followed.
-
-    Raises OSError, HTTPException or ValueError.
-    """
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=TIMEOUT)
-    target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    try:
-        connection.connect()
-        # A socket's own timeout begins anew with every byte, and `connection` forgets its socket before the body.
-        timer = threading.Timer(TIMEOUT, _shut_down, [connection.sock])
-        timer.daemon = True
-        deadline = time.monotonic() + TIMEOUT
-        timer.start()
-        try:
-            connection.request("GET", target, headers={"Accept": "*/*"})
-            with connection.getresponse() as response:
-                return _body(response)
-        finally:
-            timer.cancel()
-            if time.monotonic() >= deadline:  # whatever came was cut off
-                raise TimeoutError(f"it took more than {TIMEOUT} s")
-    finally:
-        connection.close()
+_key_sets: weakref.WeakSet[KeySet] = weakref.WeakSet()
 
 
-def _shut_down(sock: socket.socket) -> None:
-    with contextlib.suppress(OSError):  # the other side was faster
-        sock.shutdown(socket.SHUT_RDWR)
+def _reset_all() -> None:
+    for key_set in _key_sets:
+        key_set._reset()
 
 
-def _body(response: http.client.HTTPResponse) -> bytes:
-    if response.status != 200:
-        raise ValueError(f"it answered {response.status}")
-    raw = response.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"it has more than {MAX_BYTES} bytes")
-    if response.length:
-        raise ValueError("it broke off")
-    return raw
-
-
-def usable_keys(raw: bytes) -> tuple[Key, ...]:
-    """The keys of a JWKS that verify signatures; others among them are passed over. Raises ValueError if it is none."""
-    document = parse_json(raw)
-    if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
-        raise ValueError("it is no JSON Web Key Set")
-    return tuple(key for jwk in document["keys"] if (key := _key(jwk)))
-
-
-def _key(jwk: Any) -> Key | None:
-    try:
-        algorithms = ALGORITHMS[jwk["kty"], jwk.get("crv")]
-        if "alg" in jwk:
-            algorithms = tuple(name for name in algorithms if name == jwk["alg"])
-        if (
-            not algorithms
-            or "d" in jwk
-            or jwk.get("use", "sig") != "sig"
-            or "verify" not in jwk.get("key_ops", ["verify"])
-        ):
-            return None
-        key: Any = jwt.get_algorithm_by_name(algorithms[0]).from_jwk(jwk)
-        if jwk["kty"] == "RSA" and key.key_size < MIN_RSA_BITS:
-            return None
-        kid = jwk.get("kid")
-        return Key(kid if isinstance(kid, str) else None, algorithms, key)
-    except (jwt.PyJWTError, KeyError, TypeError, ValueError, AttributeError):
-        return None
+os.register_at_fork(after_in_child=_reset_all)

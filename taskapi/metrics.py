@@ -1,109 +1,101 @@
-"""Figures for Prometheus, read off the log's events: whoever writes an event needs to know nothing of them.
+"""Metrics for Prometheus. Needs the extra `metrics`, and is imported only where METRICS is set.
 
-Needs the extra `metrics`, and is imported only where METRICS asks for it. The processes of WEB_CONCURRENCY keep their
-figures in files of one folder, which is read at every scrape.
+One process serves its own metrics. Several processes write theirs to the folder that PROMETHEUS_MULTIPROC_DIR names,
+which must exist and be empty before they start, and `flask taskapi metrics` serves the sums.
 """
 
-import contextlib
-import logging
 import os
-import shutil
-import tempfile
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from typing import Any, NoReturn
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIServer
 
-from flask import Flask
+from flask import Flask, Response
 
-from .auth import Guard
+from . import VERSION
 from .config import ConfigError
-from .db import database
+from .context import TaskAPI, current_context, get_api
+from .logs import path_template
 
-FOLDER = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable by which prometheus_client finds that folder; it must be set before its first import."""
-
-
-@contextlib.contextmanager
-def folder() -> Iterator[None]:
-    """Keeps the figures of this process and its children, from none, until the end. Raises ConfigError."""
-    os.environ[FOLDER] = tempfile.mkdtemp(prefix="taskapi-metrics-")
-    try:
-        import prometheus_client  # noqa: F401
-    except ImportError:
-        raise ConfigError("METRICS needs prometheus-client: install taskapi[metrics]") from None
-    try:
-        yield
-    finally:
-        shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
-
-
-class _Quiet(WSGIRequestHandler):
-    timeout = 5  # seconds: one scrape after the other
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
-def server(host: str, port: int) -> WSGIServer:
-    """Answers scrapes of all processes' figures at `/metrics`. Raises ConfigError."""
-    from prometheus_client import CollectorRegistry, make_wsgi_app
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+    from prometheus_client.core import GaugeMetricFamily, Metric
     from prometheus_client.multiprocess import MultiProcessCollector
+    from prometheus_client.registry import Collector
+except ImportError:
+    raise ConfigError("METRICS needs prometheus-client: install taskapi[metrics]") from None
 
-    registry = CollectorRegistry()
-    MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
-    try:
-        return make_server(host, port, make_wsgi_app(registry), handler_class=_Quiet)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}:{port} ({error.strerror}): set METRICS") from None
-
-
-def forget(pid: int) -> None:
-    """Drops what a process that ended had in use; what it counted stays."""
-    if FOLDER in os.environ:
-        from prometheus_client.multiprocess import mark_process_dead
-
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads this variable at its import
+REQUESTS = Counter("taskapi_requests", "Requests answered.", ["route", "status"])
+SECONDS = Histogram("taskapi_request_seconds", "Seconds from a request's arrival to its answer.", ["route"])
+REFUSED = Counter("taskapi_refused", "Requests refused by the guard or by a limit.", ["reason"])
+TOKENS = Counter("taskapi_tokens", "Valid tokens, by whether they were verified before.", ["remembered"])
+INFO = Gauge("taskapi_info", "The version that runs.", ["version"], multiprocess_mode="max")
 
 
-class Figures(logging.Handler):
-    """Counts what the log of `app` tells."""
+class ProcessState(Collector):
+    """Values that are read at each scrape, from the newest app of this process. The sums do not have them."""
 
-    def __init__(self, app: Flask) -> None:
-        from prometheus_client import Counter, Gauge, Histogram
+    api: TaskAPI | None = None
 
-        super().__init__(logging.INFO)
-        self._database = database(app)
-        self._guard: Guard = app.extensions["taskapi.guard"]
-        self._requests = Counter("taskapi_requests", "Requests answered.", ["route", "status"])
-        self._seconds = Histogram("taskapi_request_seconds", "From a request's arrival to its answer.", ["route"])
-        self._refused = Counter("taskapi_refused", "Requests refused.", ["reason"])
-        self._tokens = Counter("taskapi_tokens", "Good tokens, by whether they were remembered.", ["remembered"])
-        self._age = Gauge("taskapi_key_set_age_seconds", "Since the key set was fetched.", multiprocess_mode="livemax")
-        self._pool = Gauge(
-            "taskapi_pool_connections",
-            "Connections, and requests that wait for one.",
-            ["state"],
-            multiprocess_mode="livesum",
-        )
-
-    def emit(self, record: logging.LogRecord) -> None:
-        fields: dict[str, Any] = record.__dict__
-        if record.msg != "request":
+    def collect(self) -> Iterator[Metric]:
+        if self.api is None:
             return
-        route = fields["route"] or "none"
-        self._requests.labels(route, fields["status"]).inc()
-        self._seconds.labels(route).observe(fields["duration"] / 1000)
-        if "reason" in fields:
-            self._refused.labels(fields["reason"]).inc()
-        if fields["remembered"] is not None:
-            self._tokens.labels(str(fields["remembered"]).lower()).inc()
+        pool = GaugeMetricFamily("taskapi_pool_connections", "Connections, and requests that wait.", labels=["state"])
+        for state, number in self.api.database.pool_use().items():
+            pool.add_metric([state], number)
+        yield pool
+        if (age := self.api.verifier.key_set_age()) is not None:
+            yield GaugeMetricFamily("taskapi_key_set_age_seconds", "Seconds since the key set was fetched.", age)
 
-    def watch(self) -> NoReturn:
-        """Tells each second what no request does, least of all while all of them wait."""
-        while True:
-            for state, number in self._database.pool_use().items():
-                self._pool.labels(state).set(number)
-            if (age := self._guard.key_set_age()) is not None:
-                self._age.set(age)
-            time.sleep(1)
+
+STATE = ProcessState()
+REGISTRY.register(STATE)
+
+
+def init_app(app: Flask) -> None:
+    """Counts the requests of `app`. Raises ConfigError."""
+    folder = os.environ.get(FOLDER)
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(f"{FOLDER} names no folder that can be written to: create {folder!r}")
+    INFO.labels(VERSION).set(1)
+    STATE.api = get_api(app)
+    app.after_request(_count)
+
+
+def _count(response: Response) -> Response:
+    context = current_context()
+    rule = context.request.url_rule
+    route = path_template(rule.rule) if rule else "none"
+    REQUESTS.labels(route, response.status_code).inc()
+    SECONDS.labels(route).observe(time.perf_counter() - context.started)
+    if context.reason is not None:
+        REFUSED.labels(context.reason).inc()
+    if context.token_cached is not None:
+        TOKENS.labels(str(context.token_cached).lower()).inc()
+    return response
+
+
+def serve(host: str, port: int) -> WSGIServer:
+    """Serves the metrics at that address, in threads. Raises ConfigError."""
+    registry = REGISTRY
+    if FOLDER in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    try:
+        return start_http_server(port, host, registry)[0]
+    except (OSError, UnicodeError) as error:  # UnicodeError: not a possible host name
+        reason = getattr(error, "strerror", "not a host name")
+        raise ConfigError(f"cannot listen on {host}:{port} ({reason}): set METRICS") from None
+
+
+def serve_until_stopped(host: str, port: int) -> None:
+    """Serves the sums of several processes, until SIGTERM or Ctrl-C. Raises ConfigError."""
+    if FOLDER not in os.environ:
+        raise ConfigError(f"{FOLDER} is not set: set it to the folder of the server processes")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    serve(host, port)
+    stop.wait()

@@ -1,7 +1,7 @@
 """Several statements in one round trip and one transaction, over libpq's pipeline mode, with a deadline.
 
-psycopg has pipelines, too; they cost four times the processor time, and wait without end for a frozen backend, which
-keeps no statement_timeout. What is used here is psycopg.pq, its documented face of libpq.
+psycopg's own pipelines take six times the processor time. They have no deadline: if a backend is suspended, it does not
+apply its statement_timeout, and they wait without end. This module uses psycopg.pq, the documented wrapper of libpq.
 """
 
 import functools
@@ -19,12 +19,12 @@ from psycopg import errors, pq
 _prepared: WeakKeyDictionary[psycopg.Connection[Any], set[bytes]] = WeakKeyDictionary()
 
 
-class ConnectionLost(Exception):
-    """A connection broke, or did not answer in time, after statements were sent: they may be carried out or not."""
+class ConnectionLost(psycopg.OperationalError):
+    """A connection broke or did not answer in time after statements were sent: their outcome is unknown."""
 
 
-class Numbered(NamedTuple):
-    """A statement as libpq takes it: with $1, $2, … for its parameters, and a name to prepare it under."""
+class PositionalStatement(NamedTuple):
+    """A statement in libpq's form, with $1, $2, … for its parameters, and the name that it is prepared under."""
 
     name: bytes
     text: bytes
@@ -32,63 +32,55 @@ class Numbered(NamedTuple):
 
 
 @functools.cache
-def numbered(text: bytes) -> Numbered:
-    """A statement in whose text parameters stand as %(name)s, as psycopg takes it."""
+def to_positional(text: bytes) -> PositionalStatement:
+    """Translates a statement with parameters in psycopg's form, %(name)s."""
     order: dict[str, int] = {}
 
-    def number(match: re.Match[str]) -> str:
+    def position(match: re.Match[str]) -> str:
         return f"${order.setdefault(match[1], len(order) + 1)}"
 
-    with_numbers = re.sub(r"%\((\w+)\)s", number, text.decode()).encode()
-    return Numbered(b"taskapi_" + hashlib.sha256(text).hexdigest()[:16].encode(), with_numbers, tuple(order))
+    positional = re.sub(r"%\((\w+)\)s", position, text.decode()).encode()
+    return PositionalStatement(b"taskapi_" + hashlib.sha256(text).hexdigest()[:16].encode(), positional, tuple(order))
 
 
-def run(
+def run_batch(
     conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any], seconds: float
 ) -> pq.abc.PGresult:
-    """The result of the last of these statements, all of which are one transaction, committed.
+    """Runs the statements as one transaction, commits it, and returns the result of the last statement.
 
-    Raises psycopg.Error where PostgreSQL refused one, so that nothing has happened, and ConnectionLost, with the
-    connection closed, where it is unknown what has.
+    Raises psycopg.Error if PostgreSQL refused a statement: nothing was changed. Raises ConnectionLost, and closes the
+    connection, after `seconds` or if the connection breaks: the outcome is unknown.
     """
     try:
-        return _exchange(conn, statements, params, seconds)
-    except (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement):
-        conn.prepare_threshold = None  # somebody between us and PostgreSQL loses prepared statements, or keeps them
-        return _exchange(conn, statements, params, seconds)
-
-
-def _exchange(
-    conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any], seconds: float
-) -> pq.abc.PGresult:
-    prepared = _prepared.setdefault(conn, set())
-    try:
-        sent = _send(conn, [numbered(text) for text in statements], params, prepared)
+        sent = _send(conn, statements, params)
         results = _receive(conn.pgconn, time.monotonic() + seconds)
         conn.pgconn.exit_pipeline_mode()
     except BaseException as error:
-        conn.close()  # or its next borrower would read our answers
+        conn.close()  # otherwise the next request on the connection would read these results
         if isinstance(error, psycopg.OperationalError):
             raise ConnectionLost(str(error)) from None
         raise
-    for name, result in zip(sent, results, strict=False):  # one more where the commit itself fails
-        if name and result.status == pq.ExecStatus.COMMAND_OK:  # prepared it stays, even if what follows fails
-            prepared.add(name)
+    for name, result in zip(sent, results, strict=False):  # there is one more result if the commit itself fails
+        if name and result.status == pq.ExecStatus.COMMAND_OK:  # it stays prepared even if a later statement fails
+            _prepared[conn].add(name)
     for result in results:
         if result.status == pq.ExecStatus.FATAL_ERROR:
-            raise errors.error_from_result(result)
+            refusal = errors.error_from_result(result)
+            is_about_name = isinstance(refusal, (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement))
+            if not is_about_name or conn.prepare_threshold is None:
+                raise refusal
+            conn.prepare_threshold = None  # a pooler has lost a prepared statement, or kept an old one
+            return run_batch(conn, statements, params, seconds)
     return results[len(sent) - 1]
 
 
-def _send(
-    conn: psycopg.Connection[Any], statements: Sequence[Numbered], params: Mapping[str, Any], prepared: set[bytes]
-) -> list[bytes | None]:
-    """Sends all, and returns the name that each command prepares, if it does."""
-    pgconn = conn.pgconn
+def _send(conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any]) -> list[bytes | None]:
+    """Sends all statements. Returns, for each command sent, the name that it prepares, or None."""
+    pgconn, prepared = conn.pgconn, _prepared.setdefault(conn, set())
     pgconn.enter_pipeline_mode()
     sent: list[bytes | None] = []
-    for name, text, parameters in statements:
-        values = [_encoded(params[one]) for one in parameters]
+    for name, text, parameters in map(to_positional, statements):
+        values = [_encode(params[parameter]) for parameter in parameters]
         if conn.prepare_threshold is None:
             pgconn.send_query_params(text, values)
         else:
@@ -101,14 +93,12 @@ def _send(
     return sent
 
 
-def _encoded(value: Any) -> bytes | None:
-    """A parameter as PostgreSQL reads it from text: a list as an array of text.
-
-    Raises ValueError for NUL, at which libpq would cut the value.
-    """
+def _encode(value: Any) -> bytes | None:
+    """A parameter in PostgreSQL's text form; a list becomes an array of text. Raises ValueError for NUL, where libpq
+    would end the value."""
     if isinstance(value, list):
-        escaped = (one.replace("\\", "\\\\").replace('"', '\\"') for one in value)
-        value = "{" + ",".join(f'"{one}"' for one in escaped) + "}"
+        escaped = (item.replace("\\", "\\\\").replace('"', '\\"') for item in value)
+        value = "{" + ",".join(f'"{item}"' for item in escaped) + "}"
     encoded = None if value is None else str(value).encode()
     if encoded and b"\0" in encoded:
         raise ValueError("NUL in a parameter")
@@ -116,7 +106,7 @@ def _encoded(value: Any) -> bytes | None:
 
 
 def _receive(pgconn: pq.abc.PGconn, deadline: float) -> list[pq.abc.PGresult]:
-    """A result for each command, in order. Raises OperationalError where the connection ends, or the time."""
+    """The results of the commands, in order. Raises OperationalError if the connection ends, or at the deadline."""
     poll = select.poll()
     results: list[pq.abc.PGresult] = []
     unsent = pgconn.flush()
@@ -127,7 +117,7 @@ def _receive(pgconn: pq.abc.PGconn, deadline: float) -> list[pq.abc.PGresult]:
                 raise psycopg.OperationalError("the database did not answer in time")
             pgconn.consume_input()
             unsent = pgconn.flush()
-        if (result := pgconn.get_result()) is None:  # one command's end
+        if (result := pgconn.get_result()) is None:  # the end of one command
             if pgconn.status != pq.ConnStatus.OK:
                 raise psycopg.OperationalError(pgconn.get_error_message())
         elif result.status == pq.ExecStatus.PIPELINE_SYNC:

@@ -1,4 +1,4 @@
-"""The one error shape: RFC 9457 problem details."""
+"""Error answers: problem details (RFC 9457), and the status for each exception."""
 
 import json
 import logging
@@ -9,50 +9,68 @@ from flask import Blueprint, Flask, Response, current_app, got_request_exception
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.http import HTTP_STATUS_CODES
 
-from .logs import request_id
+from .context import current_context
+from .db import DatabaseUnavailable
+from .keys import KeysUnavailable
 
 log = logging.getLogger(__name__)
 
+MEDIA_TYPE = "application/problem+json"
+
+# The detail of an error that has none of its own. Never a library's text, which may quote the request or the system.
 DETAILS = {
-    404: "There is no such thing here.",
-    405: "This resource does not take that method.",
+    404: "No such path.",
+    405: "The resource does not support this method.",
     413: "The body is too large.",
 }
-"""What is said where nobody said better: never text of a library, which may quote the request or the system."""
 
 
-def body(status: int, detail: str, **members: Any) -> bytes:
-    """A problem as JSON. `type` is about:blank, so that `title` is the status's own phrase (RFC 9457 §4.2.1)."""
+def to_json(status: int, detail: str, **members: Any) -> bytes:
+    """A problem as JSON. `type` is about:blank, so `title` is the phrase of the status (RFC 9457 §4.2.1)."""
     title = HTTP_STATUS_CODES[status]
     return json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail, **members}).encode()
 
 
 def problem(status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any) -> Response:
-    """A problem as an answer: `abort(problem(422, "…"))` ends a request with it."""
-    return Response(body(status, detail, **members), status, headers, content_type="application/problem+json")
+    """A problem as a response: `abort(problem(422, "…"))` ends the request with it."""
+    return Response(to_json(status, detail, **members), status, headers, content_type=MEDIA_TYPE)
 
 
-def unavailable(detail: str) -> Response:
-    """503: what the request needs cannot be reached, or is too slow; in a second it may be otherwise."""
-    return problem(503, detail, {"Retry-After": "1"})
+def unavailable(detail: str, retry_after: int = 1) -> Response:
+    """503: the database or the key server cannot be reached, or is too slow."""
+    return problem(503, detail, {"Retry-After": str(retry_after)})
 
 
-def handle(scope: Flask | Blueprint) -> None:
-    """Answers every error within `scope` in the one shape."""
-    for status in default_exceptions:  # one by one: a host's handler of 404 beats a blueprint's of HTTPException
-        scope.register_error_handler(status, _http_error)
-    scope.register_error_handler(HTTPException, _http_error)  # an answer by abort(): Flask asks if a host traps those
-    scope.register_error_handler(Exception, _defect)
+def register_handlers(scope: Flask | Blueprint) -> None:
+    """Answers every error within `scope` with problem details."""
+    for status in default_exceptions:  # an embedding app's 404 handler precedes a blueprint's for HTTPException
+        scope.register_error_handler(status, _answer_http_error)
+    scope.register_error_handler(HTTPException, _answer_http_error)  # abort(response), which has no status
+    scope.register_error_handler(DatabaseUnavailable, _answer_database_unavailable)
+    scope.register_error_handler(KeysUnavailable, _answer_keys_unavailable)
+    scope.register_error_handler(Exception, _answer_defect)
 
 
-def _http_error(error: HTTPException) -> Response | HTTPException:
+def _answer_http_error(error: HTTPException) -> Response | HTTPException:
     if error.response is not None or error.code is None or error.code < 400:
         return error
     headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After")}
     return problem(error.code, DETAILS.get(error.code, "The request cannot be answered."), headers)
 
 
-def _defect(error: Exception) -> Response:
-    log.error("defect", extra={"request_id": request_id(), "route": str(request.url_rule)}, exc_info=error)
+def _answer_database_unavailable(error: DatabaseUnavailable) -> Response:
+    fields = {"request_id": current_context().request_id, "statement": error.statement, "reason": error.reason}
+    log.error("database unavailable: %s", error.reason, extra=fields)
+    return unavailable(error.detail)
+
+
+def _answer_keys_unavailable(_: KeysUnavailable) -> Response:
+    current_context().reason = "The key server cannot be reached."
+    return unavailable("The keys that verify tokens cannot be fetched now.", retry_after=2)
+
+
+def _answer_defect(error: Exception) -> Response:
+    request_id = current_context().request_id
+    log.error("defect", extra={"request_id": request_id, "route": str(request.url_rule)}, exc_info=error)
     got_request_exception.send(current_app._get_current_object(), exception=error)  # type: ignore[attr-defined]
-    return problem(500, "A defect; it is in the server's log under this request id.", request_id=request_id())
+    return problem(500, "A defect in the server. Its log has the details under this request_id.", request_id=request_id)

@@ -1,4 +1,4 @@
-"""A real browser, driven over the protocol of its developer tools."""
+"""A real browser, controlled over the Chrome DevTools Protocol."""
 
 import contextlib
 import itertools
@@ -13,23 +13,15 @@ from websockets.sync.client import ClientConnection, connect
 
 from tests.processes import TIMEOUT, environment, started, wait_until
 
-CHROMIUM = [
-    "chromium",
-    "--headless",
-    "--no-sandbox",  # which refuses root
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
+CHROMIUM = ["chromium", "--headless", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+CHROMIUM += ["--disable-background-networking", "--disable-component-update"]
+CHROMIUM += ["--no-sandbox"]  # which refuses root
 
-needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="a real browser needs chromium")
+needs_chromium = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 
 
 class Tab:
-    """A page that somebody looks at, with whatever it asked for and whatever the browser complained of."""
+    """A page, with the URLs that it requested and the errors that the browser reported."""
 
     def __init__(self, connection: ClientConnection) -> None:
         self.requested: list[str] = []
@@ -44,7 +36,7 @@ class Tab:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> Any:
-        """What a method of the protocol returns; what happens meanwhile is noted."""
+        """The result of a method of the protocol; events that arrive before it are recorded."""
         number = next(self._numbers)
         self._connection.send(json.dumps({"id": number, "method": method, "params": params, **self._session}))
         while True:
@@ -52,29 +44,22 @@ class Tab:
             if message.get("id") == number:
                 assert "error" not in message, message
                 return message["result"]
-            self._note(message.get("method"), message.get("params"))
+            self._record(message.get("method"), message.get("params"))
 
-    def _note(self, event: str, params: Any) -> None:
+    def _record(self, event: str, params: Any) -> None:
         if event == "Network.requestWillBeSent":
             self.requested.append(params["request"]["url"])
-        elif event == "Log.entryAdded":  # violations of a policy, and failed requests
-            self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url')}")
+        elif event in ("Log.entryAdded", "Runtime.exceptionThrown"):  # of the policy, failed requests, exceptions
+            self.complaints.append(str(params))
         elif event == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
             self.complaints.append(str(params["args"]))
-        elif event == "Runtime.exceptionThrown":
-            self.complaints.append(str(params["exceptionDetails"]))
-
-    def show(self, width: int, scheme: str) -> None:
-        """Gives the page a window of so many pixels, and a person who likes it light or dark."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=700, deviceScaleFactor=1, mobile=True)
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
 
     def open(self, url: str) -> None:
         assert "errorText" not in self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete'")
 
     def evaluate(self, script: str) -> Any:
-        """The value of an expression in the page."""
+        """The value of a JavaScript expression in the page."""
         found = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in found, (script, found)
         return found["result"].get("value")
@@ -84,21 +69,21 @@ class Tab:
         wait_until(lambda: self.evaluate(f"Boolean({script})"), script)
 
     def click(self, element: str) -> None:
-        """Clicks what the expression finds, once it does."""
+        """Waits for the element that the expression finds, and clicks it."""
         self.wait_for(element)
         self.evaluate(f"{element}.click()")
 
     def type(self, element: str, text: str) -> None:
-        """Puts text in place of what is in the field that the expression finds, and leaves the field."""
+        """Replaces the text of the field that the expression finds."""
         self.wait_for(element)
         self.evaluate(f"(field => {{ field.focus(); field.select() }})({element})")
         self.call("Input.insertText", text=text)
-        self.evaluate("document.activeElement.blur()")  # some forms take note only then
+        self.evaluate("document.activeElement.blur()")  # some forms read the field only then
 
 
 @contextlib.contextmanager
 def browsing(folder: Path) -> Iterator[Tab]:
-    """A browser that was never started before, and keeps what it keeps in `folder`."""
+    """Runs a browser with a new profile in `folder`."""
     folder.mkdir()
     command = [*CHROMIUM, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
     with started(command, folder, environment()) as process:

@@ -1,4 +1,4 @@
-"""PostgreSQLs of a test's own, which it may stop, kill, freeze and fill up."""
+"""PostgreSQL servers that belong to one test module, which may stop, kill, freeze and fill them."""
 
 import contextlib
 import os
@@ -13,11 +13,12 @@ from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
 from taskapi.db import Database
-from taskapi.local import Cluster
+from taskapi.embedded import Cluster
+from taskapi.migrations import migrate
 from tests.processes import TIMEOUT, freeze, kill_all, processes_in, wait_until
 
 CONF = """
-fsync = off  # what is killed here are processes, not the machine
+fsync = off  # tests kill processes, not the machine
 shared_buffers = '16MB'
 max_wal_size = '64MB'
 min_wal_size = '32MB'
@@ -25,12 +26,12 @@ min_wal_size = '32MB'
 
 
 class Postgres(Cluster):
-    """A PostgreSQL at the mercy of a test: running within a with block, and killed at its end."""
+    """A PostgreSQL server that runs for the length of a with block and is killed at its end."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.login = make_conninfo(self.url, user="app")
-        """As an estate would have it: no superuser, and nothing but a member of taskapi_user."""
+        """The URL with least privilege: no superuser, only a member of taskapi_user."""
 
     def __enter__(self) -> Self:
         self.folder.mkdir(exist_ok=True)
@@ -40,7 +41,7 @@ class Postgres(Cluster):
     def __exit__(self, *_: object) -> None:
         if self._process:
             kill_all(self.processes)
-            self._wait_for_the_end()
+            self._wait_for_exit()
         for left in self._socket.iterdir():
             left.unlink()
         self._socket.rmdir()
@@ -55,27 +56,33 @@ class Postgres(Cluster):
         return self._process
 
     def start(self) -> None:
-        """Returns once it takes connections."""
+        """Returns when it accepts connections."""
         self._start()
 
     def stop(self) -> None:
-        """As an upgrade of its package does: sessions are ended, what was committed is kept."""
+        """A fast shutdown, as in an upgrade of its package: sessions end, commits are kept."""
         self._postmaster.send_signal(signal.SIGINT)
-        self._wait_for_the_end()
+        self._wait_for_exit()
 
     def crash(self) -> None:
-        """kill -9 of the postmaster: its backends see that, and end."""
+        """kill -9 of the postmaster; its backends notice and exit."""
         self._postmaster.kill()
-        self._wait_for_the_end()
+        self._wait_for_exit()
 
-    def _wait_for_the_end(self) -> None:
+    def crash_backend(self) -> None:
+        """kill -9 of one backend; PostgreSQL ends all others and starts again."""
+        backends = self.backends()
+        os.kill(backends[0], signal.SIGKILL)
+        wait_until(lambda: not self.processes.intersection(backends), "all backends have exited")
+
+    def _wait_for_exit(self) -> None:
         self._postmaster.wait(TIMEOUT)
         self._process = None
         wait_until(lambda: not self.processes, "no process of PostgreSQL is left")
 
     @contextlib.contextmanager
     def stopped(self) -> Iterator[None]:
-        """For the length of a with block there is no database."""
+        """No database for the length of a with block."""
         self.stop()
         try:
             yield
@@ -84,77 +91,76 @@ class Postgres(Cluster):
 
     @contextlib.contextmanager
     def frozen(self, *pids: int) -> Iterator[None]:
-        """For the length of a with block these processes, or else all, do nothing, and do not end either."""
+        """Stops these processes (by default all) with SIGSTOP for the length of a with block: they neither work nor
+        exit."""
         if not pids:
-            freeze(self._postmaster.pid)  # before the rest are looked for, or it might make more
+            freeze(self._postmaster.pid)  # first, so that it starts no more processes
         chosen = set(pids) or self.processes
         try:
             freeze(*chosen)
             yield
         finally:
             for pid in chosen:
-                with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
+                with contextlib.suppress(ProcessLookupError):  # it has exited
                     os.kill(pid, signal.SIGCONT)
 
     def run(self, command: LiteralString | sql.Composed, *params: Any) -> list[tuple[Any, ...]]:
-        """Executes a command as the owner of everything, and returns its rows."""
+        """Executes a command as superuser and returns its rows."""
         with psycopg.connect(self.url, autocommit=True, application_name="test") as conn:
             cursor = conn.execute(command, params)
             return cursor.fetchall() if cursor.description else []
 
     @contextlib.contextmanager
     def setting(self, name: str, value: str) -> Iterator[None]:
-        """For the length of a with block this is the whole cluster's setting."""
-        before = self._shown(name)
-        self._alter(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
-        wait_until(lambda: self._shown(name) == value, f"{name} is {value}")
+        """Changes a setting of the server for the length of a with block."""
+        before = self._set("SET {} = {}", name, value)
         try:
             yield
         finally:
-            self._alter(sql.SQL("ALTER SYSTEM RESET {}").format(sql.Identifier(name)))
-            wait_until(lambda: self._shown(name) == before, f"{name} is {before}")
+            self._set("RESET {}", name, before)
 
-    def _alter(self, command: sql.Composed) -> None:
-        self.run(command)
+    def _set(self, change: LiteralString, name: str, value: str) -> str:
+        """Changes a setting, waits until it has that value, and returns the one before."""
+        shown: LiteralString = "SELECT current_setting(%s)"
+        [(before,)] = self.run(shown, name)
+        self.run(sql.SQL("ALTER SYSTEM " + change).format(sql.Identifier(name), sql.Literal(value)))
         self.run("SELECT pg_reload_conf()")
+        wait_until(lambda: self.run(shown, name) == [(value,)], f"{name} is {value}")
+        return str(before)
 
-    def _shown(self, name: str) -> str:
-        shown: str = self.run("SELECT current_setting(%s)", name)[0][0]
-        return shown
-
-    def backends(self, waiting_for: str = "%") -> list[int]:
-        """The processes that serve taskapi: all of them, or those that wait for an event."""
+    def backends(self, wait_event: str = "%") -> list[int]:
+        """The process ids of the backends that serve taskapi: all, or those that wait for an event."""
         command: LiteralString = """
             SELECT pid FROM pg_stat_activity WHERE application_name = 'taskapi' AND coalesce(wait_event, '') LIKE %s
         """
-        return [pid for (pid,) in self.run(command, waiting_for)]
+        return [pid for (pid,) in self.run(command, wait_event)]
 
-    def wait_for_backends(self, waiting_for: str, count: int = 1) -> list[int]:
-        """Waits until `count` of them, or more, wait for that event."""
+    def wait_for_backends(self, wait_event: str, count: int = 1) -> list[int]:
+        """Waits until at least `count` backends wait for that event."""
         found: list[int] = []
 
-        def look() -> bool:
-            found[:] = self.backends(waiting_for)
+        def enough() -> bool:
+            found[:] = self.backends(wait_event)
             return len(found) >= count
 
-        wait_until(look, f"{count} backends wait for {waiting_for}")
+        wait_until(enough, f"{count} backends wait for {wait_event}")
         return found
 
     def terminate(self, *pids: int) -> None:
-        """Ends these backends, or else all that serve taskapi, and returns once they are gone."""
+        """Ends these backends (by default all that serve taskapi) and waits until they have exited."""
         chosen = list(pids or self.backends())
         self.run("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid", chosen)
-        wait_until(lambda: not self.processes.intersection(chosen), "these backends have ended")
+        wait_until(lambda: not self.processes.intersection(chosen), "these backends have exited")
 
     def migrate(self) -> None:
-        """Makes what taskapi needs: its schema and its login."""
-        Database(self.url).migrate()
+        """Creates the schema and the login that taskapi needs."""
+        migrate(Database(self.url))
         if not self.run("SELECT 1 FROM pg_roles WHERE rolname = 'app'"):
             self.run("CREATE ROLE app LOGIN")
         self.run("GRANT taskapi_user TO app")
 
     def standby(self, folder: Path) -> "Postgres":
-        """A hot standby of this one, which follows it once it is started."""
+        """A hot standby of this server, which follows it when started."""
         copy = Postgres(folder)
         copy.folder.mkdir()
         owner = copy._owner()
@@ -165,7 +171,7 @@ class Postgres(Cluster):
         return copy
 
     def promote(self) -> None:
-        """Makes a standby one that takes changes."""
+        """Makes a standby the primary."""
         assert self.run("SELECT pg_promote()") == [(True,)]
 
     def _initdb(self) -> None:

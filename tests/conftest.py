@@ -1,28 +1,35 @@
 """A real PostgreSQL for every test: embedded, or a fresh database on the server that TEST_DATABASE_URL names."""
 
+import functools
 import logging
 import os
 import re
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import LiteralString
 
 import psycopg
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
-from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.conninfo import make_conninfo
 
-from taskapi import Settings, create_app
-from taskapi.db import database
-from taskapi.local import Cluster
-from tests.people import SECRET, Person
+from taskapi import Settings
+from taskapi.db import Database
+from taskapi.embedded import Cluster
+from taskapi.migrations import migrate
+from tests.people import Person, running_app
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Unregisters hypothesis's plugin where no test used it: its summary would import hypothesis, which takes 0.6 s."""
+    if "hypothesis" not in sys.modules:
+        session.config.pluginmanager.unregister(name="hypothesispytest")
 
 
 class Leaks(logging.Handler):
-    """Keeps what no log may hold: records with a token, a task's text, or a secret of any settings in the suite."""
+    """Collects log records that hold a token, a task's text, or a secret of any settings that a test has made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,9 +42,9 @@ class Leaks(logging.Handler):
             self.found.append(text)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def leaks() -> Iterator[Leaks]:
-    """Reads along what the whole suite logs."""
+    """Checks every log record of this process; each worker of pytest-xdist has one."""
     handler = Leaks()
     check = Settings.__post_init__
 
@@ -51,60 +58,61 @@ def leaks() -> Iterator[Leaks]:
         logging.getLogger("taskapi").setLevel(logging.DEBUG)
         yield handler
         logging.getLogger().removeHandler(handler)
+    assert handler.found == []
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _no_log_holds_a_secret(leaks: Leaks) -> Iterator[None]:
-    yield
-    assert leaks.found == []
+@functools.cache
+def _cluster(folder: Path) -> Cluster:
+    """Kept until the process ends: the worker that started PostgreSQL may leave before the one that stops it, and
+    subprocess warns where the object of a running process is freed."""
+    return Cluster(folder)
 
 
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL whose login may create databases."""
+    """A PostgreSQL whose login may create databases; the workers of pytest-xdist share it."""
     if url := os.environ.get("TEST_DATABASE_URL"):
         yield url
         return
-    cluster = Cluster(tmp_path_factory.mktemp("postgres"))
+    folder = tmp_path_factory.getbasetemp()  # of this run, or of this worker in the folder of the run
+    cluster = _cluster((folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "postgres")
     with cluster.running():
         yield cluster.url
 
 
 @pytest.fixture(scope="session")
-def new_database(server_url: str) -> Iterator[Callable[[], str]]:
-    """Makes empty databases, and drops them at the end."""
+def new_database(server_url: str) -> Iterator[Callable[..., str]]:
+    """Creates databases, with taskapi's schema or empty, and drops them at the end."""
     names: list[str] = []
 
-    def execute(command: LiteralString, name: str) -> None:
+    def create(*, migrated: bool = False) -> str:
+        name = f"taskapi_test_{secrets.token_hex(6)}"
+        names.append(name)
         with psycopg.connect(server_url, autocommit=True) as conn:
-            conn.execute(sql.SQL(command).format(sql.Identifier(name)))
+            conn.execute(f"CREATE DATABASE {name}".encode())
+            conn.execute(f"ALTER DATABASE {name} SET synchronous_commit TO off".encode())  # no test cuts the power
+        url = make_conninfo(server_url, dbname=name)
+        if migrated:
+            migrate(Database(url))
+        return url
 
-    def make() -> str:
-        names.append(f"taskapi_test_{secrets.token_hex(6)}")
-        execute("CREATE DATABASE {}", names[-1])
-        execute("ALTER DATABASE {} SET synchronous_commit TO off", names[-1])  # no test cuts off the machine's power
-        return make_conninfo(**{**conninfo_to_dict(server_url), "dbname": names[-1]})  # type: ignore[arg-type]
-
-    yield make
-    for name in names:
-        execute("DROP DATABASE {} WITH (FORCE)", name)
+    yield create
+    if "TEST_DATABASE_URL" in os.environ:  # the embedded server is not used again
+        with psycopg.connect(server_url, autocommit=True) as conn:
+            for name in names:
+                conn.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
 
 
 @pytest.fixture(scope="session")
-def database_url(new_database: Callable[[], str]) -> str:
-    """The migrated database that most tests share; each brings people of its own."""
-    url = new_database()
-    app = create_app(Settings(database_url=url, secrets=(SECRET,)))
-    database(app).migrate()
-    database(app).close()
-    return url
+def database_url(new_database: Callable[..., str]) -> str:
+    """The migrated database that most tests of this process share; each test brings its own users."""
+    return new_database(migrated=True)
 
 
 @pytest.fixture(scope="session")
 def app(database_url: str) -> Iterator[Flask]:
-    app = create_app(Settings(database_url=database_url, secrets=(SECRET,)))
-    yield app
-    database(app).close()
+    with running_app(database_url) as app:
+        yield app
 
 
 @pytest.fixture

@@ -1,33 +1,50 @@
-"""Tokens, and people who use them."""
+"""Users with tokens, and the API as an app in the test's own process."""
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any, cast
 from urllib.parse import quote
 
 import jwt
+from flask import Flask
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
+from taskapi import Settings, create_app
+from taskapi.context import get_api
+
 SECRET = "the secret of these tests has 32 bytes and more"
+UNREACHABLE = "postgresql://127.0.0.1:1/nowhere"
 
 
 def mint(user: Any = None, /, secret: str = SECRET, headers: dict[str, Any] | None = None, **claims: Any) -> str:
-    """A token of an hour for `user`; a claim that is given replaces the usual one, and ... removes it."""
+    """A token for `user`, valid for an hour; a given claim replaces the usual one, and ... removes it."""
     now = int(time.time())
     usual = {"sub": user, "iat": now, "exp": now + 3600}
     payload = {name: value for name, value in {**usual, **claims}.items() if value is not ...}
     return jwt.PyJWS().encode(json.dumps(payload).encode(), secret, "HS256", headers)
 
 
+@contextlib.contextmanager
+def running_app(database_url: str = UNREACHABLE, **settings: Any) -> Iterator[Flask]:
+    """The API as an app, until the end of the with block; by default without a database."""
+    app = create_app(Settings(**{"database_url": database_url, "secrets": (SECRET,), **settings}))
+    try:
+        yield app
+    finally:
+        get_api(app).database.close()
+
+
 class Answer(TestResponse):
-    """A response whose JSON is taken as it comes; a test that expects another fails by itself."""
+    """A response whose JSON has no static type; a test that expects another form fails by itself."""
 
     json: Any
 
 
 class Person:
-    """Somebody with a token and tasks."""
+    """A user with a token, and the URL of that user's tasks."""
 
     def __init__(self, client: FlaskClient, user: str, token: str | None = None, prefix: str = "/api") -> None:
         self.user = user
@@ -36,12 +53,12 @@ class Person:
         self.tasks = f"{prefix}/{quote(user, safe='')}/tasks"
 
     def request(self, method: str, path: str = "", **kwargs: Any) -> Answer:
-        """A request to this person's list, or to `path` below it."""
+        """A request to this user's list, or to `path` below it."""
         headers = {"Authorization": f"Bearer {self.token}", **kwargs.pop("headers", {})}
         return self.open(self.tasks + path, method=method, headers=headers, **kwargs)
 
     def open(self, path: str, **kwargs: Any) -> Answer:
-        """A request to anywhere, as this person unless `headers` say otherwise."""
+        """A request to any path, with this user's token unless `headers` are given."""
         kwargs.setdefault("headers", {"Authorization": f"Bearer {self.token}"})
         return cast(Answer, self.client.open(path, **kwargs))
 
@@ -59,16 +76,13 @@ class Person:
 
 
 def assert_problem(response: TestResponse, status: int, **members: Any) -> dict[str, Any]:
-    """Checks the one error shape, whole, and returns it."""
+    """Checks the one error shape as a whole, and returns it."""
     assert response.status_code == status, response.text
     assert response.content_type == "application/problem+json"
     problem: dict[str, Any] = cast(Answer, response).json
-    assert problem["type"] == "about:blank"
-    assert problem["status"] == status
-    assert problem["title"]
-    assert problem["detail"]
-    expected = {"type", "title", "status", "detail", *({"errors"} if status == 422 else ())}
-    expected |= {"request_id"} if status == 500 else set()
-    assert set(problem) == expected
+    assert (problem["type"], problem["status"]) == ("about:blank", status)
+    assert all(problem.values())
+    extra = {422: ["errors"], 500: ["request_id"]}.get(status, [])
+    assert set(problem) == {"type", "title", "status", "detail", *extra}
     assert {name: problem[name] for name in members} == members
     return problem

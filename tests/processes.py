@@ -1,9 +1,10 @@
-"""Servers as an operator starts them: processes of their own, talked to over sockets."""
+"""Programs that tests start as processes, and raw HTTP over sockets."""
 
 import contextlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -17,21 +18,21 @@ from pathlib import Path
 from typing import IO, Any, Self
 from urllib.parse import urlsplit
 
+import pytest
+
 TIMEOUT = 30
-"""Seconds: nothing is waited for any longer."""
+"""Seconds that a test waits for anything."""
 
 CHECKOUT = Path(__file__).parents[1]
 
 PYTHON = (sys.executable, "-W", "error", "-W", "ignore::ResourceWarning")
-"""Warnings are errors here, too, but for what waitress leaves open when its process ends."""
+"""Warnings are errors here too, except for sockets that waitress leaves open when its process ends."""
 
 
 @contextlib.contextmanager
 def copied(folder: Path) -> Iterator[Path]:
-    """What `python wsgi.py` needs, in a folder of its own: it keeps its data beside wsgi.py.
-
-    At the end whatever still works there is killed.
-    """
+    """A copy of what `python wsgi.py` needs: it keeps its data beside wsgi.py. At the end all processes that still run
+    there are killed."""
     for name in ("taskapi", "sql"):
         shutil.copytree(CHECKOUT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(CHECKOUT / "wsgi.py", folder)
@@ -41,19 +42,45 @@ def copied(folder: Path) -> Iterator[Path]:
         kill_all(processes_in(folder))
 
 
+def shared_copy(*prepare: Callable[[Path], None]) -> Any:
+    """A fixture for one module: a copy of the tree, which these functions change."""
+
+    @pytest.fixture(scope="module")
+    def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+        with copied(tmp_path_factory.mktemp("shared") / "checkout") as folder:
+            for change in prepare:
+                change(folder)
+            yield folder
+
+    return folder
+
+
+def readme(section: str = "", language: str = "") -> str:
+    """The README, or a section of it, or the one block of a language there."""
+    text = (CHECKOUT / "README.md").read_text()
+    if section:
+        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    if language:
+        (text,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return text
+
+
 def environment(**variables: str) -> dict[str, str]:
-    """An environment of these variables, and none of those that the tester may have set for taskapi."""
+    """An environment of these variables, without those of the shell that runs the tests."""
     return {"PATH": os.environ["PATH"], "PORT": "0", **variables}
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        port: int = sock.getsockname()[1]
-        return port
+    """A port that is free now. It is below the range from which the kernel picks ports for clients, so that it stays
+    free while its server restarts."""
+    while True:
+        port = 20_000 + secrets.randbelow(10_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 def wait_until(happened: Callable[[], Any], what: str) -> None:
-    """Polls until `happened` returns something true."""
+    """Polls until `happened` returns a true value."""
     deadline = time.monotonic() + TIMEOUT
     while not happened():
         assert time.monotonic() < deadline, f"not within {TIMEOUT} s: {what}"
@@ -61,27 +88,26 @@ def wait_until(happened: Callable[[], Any], what: str) -> None:
 
 
 def processes_in(folder: Path) -> set[int]:
-    """The processes that work in `folder` or below it; every one of a PostgreSQL works in its data."""
+    """The processes whose working directory is `folder` or below it, such as all of a PostgreSQL."""
     found = set()
     for link in Path("/proc").glob("[0-9]*/cwd"):
-        with contextlib.suppress(OSError):  # ended meanwhile, or not ours to see
+        with contextlib.suppress(OSError):  # ended meanwhile, or belongs to another user
             if link.readlink().is_relative_to(folder.resolve()):
                 found.add(int(link.parent.name))
     return found
 
 
 def freeze(*pids: int) -> None:
-    """Has processes do nothing until they are sent SIGCONT. By itself SIGSTOP may be too late for a thread that has
-    just been woken by a client."""
+    """Stops processes until they are sent SIGCONT, and waits until every thread of them has stopped."""
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # ended by itself meanwhile
+        with contextlib.suppress(ProcessLookupError):  # ended meanwhile
             os.kill(pid, signal.SIGSTOP)
     for pid in pids:
         wait_until(lambda: _states(pid) <= {"T", "Z"}, "all threads have stopped")  # noqa: B023 (called at once)
 
 
 def _states(pid: int) -> set[str]:
-    """What the threads of a process do, in the letters of proc(5)."""
+    """The states of a process's threads, in the letters of proc(5)."""
     try:
         return {path.read_text().rpartition(") ")[2][0] for path in Path(f"/proc/{pid}/task").glob("*/stat")}
     except OSError:  # one has just ended
@@ -89,7 +115,7 @@ def _states(pid: int) -> set[str]:
 
 
 def kill_all(pids: set[int]) -> None:
-    """As the kernel kills: at once, and without a word."""
+    """Sends SIGKILL to processes that may have ended already."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -97,7 +123,7 @@ def kill_all(pids: set[int]) -> None:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a server answered."""
+    """A response as it was read from a socket."""
 
     status: int
     headers: dict[str, str]
@@ -109,7 +135,7 @@ class Answer:
 
 
 def request(method: str, target: str, *headers: str, token: str | None = None, body: bytes | None = None) -> bytes:
-    """A request as it goes over the wire, as well formed as its parts."""
+    """The bytes of a request. Nothing is checked or escaped."""
     lines = [f"{method} {target} HTTP/1.1", "Host: localhost", *headers]
     if token is not None:
         lines.append(f"Authorization: Bearer {token}")
@@ -119,7 +145,7 @@ def request(method: str, target: str, *headers: str, token: str | None = None, b
 
 
 class Wire:
-    """A connection to a server, on which any bytes may be sent."""
+    """A connection to a server on which a test can send any bytes."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -136,16 +162,16 @@ class Wire:
         self.sock.close()
 
     def send(self, *parts: bytes) -> Self:
-        """Sends as much as the server takes: it may answer early, and close."""
+        """Sends until the server closes the connection: it may answer before it has read all."""
         with contextlib.suppress(ConnectionError):
             for part in parts:
                 self.sock.sendall(part)
         return self
 
     def answer(self, method: str = "GET") -> Answer:
-        """The next answer, whole: every one but 100 and 304 tells its length."""
+        """Reads one response. All except 100 and 304 must have a Content-Length."""
         first_line = self._file.readline()
-        assert re.match(rb"HTTP/1\.[01] [1-5][0-9][0-9] ", first_line), f"not an answer: {first_line!r}"
+        assert re.match(rb"HTTP/1\.[01] [1-5][0-9][0-9] ", first_line), f"not a status line: {first_line!r}"
         headers: dict[str, str] = {}
         while line := self._file.readline().decode().rstrip("\r\n"):
             name, _, value = line.partition(": ")
@@ -158,22 +184,31 @@ class Wire:
         return Answer(status, headers, body)
 
     def is_closed(self) -> bool:
-        """Whether the next that comes is the connection's end."""
+        """Waits for the next byte, or the end; whether it was the end."""
         with contextlib.suppress(ConnectionResetError):
             return self._file.read(1) == b""
         return True
 
 
 def ask(url: str, method: str, target: str, body: Any = None, token: str | None = None) -> Answer:
-    """One request to a server, on a connection of its own."""
+    """Sends one request on a new connection and reads the response."""
     sent = None if body is None else json.dumps(body, ensure_ascii=False).encode()
     with Wire(url) as wire:
         return wire.send(request(method, target, "Connection: close", token=token, body=sent)).answer(method)
 
 
+def assert_problem(answer: Answer, status: int) -> None:
+    """Checks a response in the one error shape."""
+    assert answer.status == status, answer
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert set(answer.json) == {"type", "title", "status", "detail", *({"errors"} if status == 422 else ())}
+    assert (answer.json["type"], answer.json["status"]) == ("about:blank", status)
+    assert ("www-authenticate" in answer.headers) == (status == 401)
+
+
 @dataclass(frozen=True)
 class Process:
-    """A program at work, and what it has written so far."""
+    """A running program and what it has written so far."""
 
     popen: subprocess.Popen[bytes]
     out: IO[bytes]
@@ -189,11 +224,11 @@ class Process:
 
     @property
     def complaints(self) -> list[str]:
-        """What it wrote to stderr, but for the log of what went well."""
+        """The lines of stderr that are not log lines of level INFO."""
         return [line for line in self.stderr.splitlines() if '"level": "INFO"' not in line]
 
     def wait_for(self, pattern: str) -> str:
-        """Waits until the program has written that, and returns the pattern's first group."""
+        """Waits until the program has written text that matches; returns the pattern's group, if it has one."""
         found: list[str] = []
 
         def look() -> bool:
@@ -206,19 +241,19 @@ class Process:
         return found[0]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
-        """Sends a signal and returns the exit status."""
+        """Sends a signal, waits for the end, and returns the exit status."""
         self.popen.send_signal(number)
         return self.popen.wait(TIMEOUT)
 
 
 def _written(file: IO[bytes]) -> str:
-    """All of it; no offset is moved, for the program that writes shares it."""
+    """The whole file, read without moving the offset, which the writing program shares."""
     return os.fsdecode(os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0))
 
 
 @dataclass(frozen=True)
 class Server(Process):
-    """A server at work, and the token that it is asked with."""
+    """A running server and the token that `ask` sends by default."""
 
     folder: Path
     env: Mapping[str, str]
@@ -231,12 +266,12 @@ class Server(Process):
 
 @contextlib.contextmanager
 def started(command: Sequence[str], folder: Path, env: Mapping[str, str], uid: int | None = None) -> Iterator[Process]:
-    """A program at work in `folder`, until the end."""
+    """Runs a program in `folder` for the length of a with block, and then stops it."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         popen = subprocess.Popen(
             command, cwd=folder, env={"HOME": str(folder), **env}, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
             start_new_session=True, user=uid, group=uid, extra_groups=None if uid is None else [],
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a tester in the background ignores it
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell job ignores SIGINT
         )  # fmt: skip
         with popen:
             try:
@@ -250,14 +285,10 @@ def started(command: Sequence[str], folder: Path, env: Mapping[str, str], uid: i
 
 @contextlib.contextmanager
 def serving(
-    folder: Path,
-    variables: Mapping[str, str] | None = None,
-    *,
-    token: str = "",
-    python: Sequence[str] = PYTHON,
-    uid: int | None = None,
-) -> Iterator[Server]:
-    """`python wsgi.py` in `folder`, listening. Without DATABASE_URL it is a try-out, its token the one it prints."""
+    folder: Path, variables: Mapping[str, str] | None = None, *,
+    token: str = "", python: Sequence[str] = PYTHON, uid: int | None = None,
+) -> Iterator[Server]:  # fmt: skip
+    """Runs `python wsgi.py` in `folder`. Without DATABASE_URL it is a try-out; its token is the one that it prints."""
     env = environment(**variables or {})
     with started([*python, "wsgi.py"], folder, env, uid) as process:
         url = process.wait_for(r"listens on (\S+)")
@@ -267,7 +298,7 @@ def serving(
 
 
 @contextlib.contextmanager
-def tryout(folder: Path) -> Iterator[Server]:
-    """A try-out that was never started before, in a copy of the tree below `folder`."""
-    with copied(folder / "checkout") as checkout, serving(checkout) as server:
+def serving_copy(folder: Path, variables: Mapping[str, str] | None = None, *, token: str = "") -> Iterator[Server]:
+    """Runs `python wsgi.py` in a new copy of the tree below `folder`; a try-out has no data yet."""
+    with copied(folder / "checkout") as checkout, serving(checkout, variables, token=token) as server:
         yield server

@@ -1,10 +1,9 @@
-"""Many people at work for minutes, at the server's full speed, while their database is restarted under them:
+"""Many users work at full speed for minutes while their database is restarted and killed:
 
-    python -m tests.soak --minutes 3 --users 200
+    python -m tests.soak --minutes 3 --server granian
 
-A server and a PostgreSQL of the soak's own. Everybody remembers what the server acknowledged and checks every answer
-against that. At the end it is told what was promised, what came of it, and which promise was broken; the exit status
-is 1 then.
+The server and PostgreSQL are started for this run. Each user remembers what the server acknowledged and checks every
+response against it. Each promise is printed with what was measured; the exit status is 1 if one was broken.
 """
 
 import argparse
@@ -18,372 +17,318 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psycopg
 
+from taskapi.db import OUTCOME_UNKNOWN
 from tests.clusters import Postgres
 from tests.people import SECRET, mint
-from tests.processes import Server, Wire, copied, request, serving, wait_until
+from tests.processes import Process, Server, Wire, copied, request, wait_until
+from tests.servers import SERVERS, serving_with
 
-RECOVERY = 2
-"""Seconds after the database's return in which a request may still fail."""
+RECOVERY = 2  # seconds after the database's return in which a request may still fail
+LONGEST = 10  # seconds that any request may take, in an outage too
+POOL = 8  # connections of the server to PostgreSQL; while one is replaced there may be one more
+GROWTH = 16  # MB by which the server may grow from the first third of the run to its end
+TASKS = 30  # of a user at most
 
-LONGEST = 10
-"""Seconds that no request takes longer than, whatever happens to the database."""
-
-GROWTH = 16
-"""MB by which the server may grow from the first third of the time to the end."""
-
-TASKS = 30
-"""That many of each person's at most."""
-
-Span = tuple[float, float]
 Task = dict[str, Any]
 
 
-class Broken(Exception):
-    """An answer that no restart of a database excuses."""
+class Exchange(NamedTuple):
+    """When a request was sent and answered, and whether as it should be."""
+
+    start: float
+    end: float
+    succeeded: bool
 
 
-class Somebody:
-    """One person with one connection, who knows which tasks there must be, and which there may be."""
+class Client:
+    """A user with one connection, who knows which tasks must exist and which may exist."""
 
-    def __init__(self, server: Server, number: int) -> None:
-        self.name = f"soak-{number}"
-        self.url = f"/api/{self.name}/tasks"
-        self.token = mint(self.name)
-        self.server = server
+    def __init__(self, url: str, name: str) -> None:
+        self.url, self.name, self.token = url, name, mint(name)
+        self.path = f"/api/{name}/tasks"
         self.tasks: dict[int, Task] = {}
-        self.unsure: dict[int, set[object]] = {}  # what may have become of a task whose change was answered 503
-        self.perhaps: set[str] = set()  # titles of tasks whose making was answered 503
-        self.answered: list[tuple[Span, bool]] = []
-        self.refused: list[Span] = []
-        self.made = self.titles = 0
-        habits = {self.make: 5, self.read: 6, self.list: 2, self.rename: 2, self.complete: 2, self.delete: 2}
-        self.habits = [habit for habit, weight in {**habits, self.intrude: 1}.items() for _ in range(weight)]
+        self.unsure: dict[int, set[object]] = {}  # tasks with an unknown outcome: the states that each may be in
+        self.unsure_titles: set[str] = set()  # titles of creates with an unknown outcome
+        self.exchanges: list[Exchange] = []
+        self.successes = 0  # in a row
+        self.titles = 0
+        changes = [self.rename, self.toggle, self.delete] * 2
+        self.actions = [self.create] * 5 + [self.read] * 6 + [self.list] * 2 + changes + [self.intrude]
 
-    def live(self, stop: threading.Event) -> None:
-        """Works without a pause, until told to stop."""
-        with Wire(self.server.url) as self.wire:
+    def run(self, stop: threading.Event) -> None:
+        """Sends one request after another until `stop` is set."""
+        with Wire(self.url) as self.wire:
             while not stop.is_set():
-                secrets.choice(self.habits)()
+                secrets.choice(self.actions)()
 
-    def make(self) -> None:
+    def create(self) -> None:
         if len(self.tasks) == TASKS:
             self.delete()
             return
-        title = self.title()
-        task = self.ask("POST", "", {"title": title, "description": "x" * secrets.randbelow(500)}, status=201)
-        if task is None:
-            self.perhaps.add(title)
-        else:
-            check(task["title"] == title and task["id"] not in self.tasks, task)
+        body = {"title": self.new_title(), "description": "x" * secrets.randbelow(500)}
+        task, is_unsure = self.send("POST", "", body, status=201)
+        if task:
+            assert task["title"] == body["title"], task
+            assert task["id"] not in self.tasks, task
             self.tasks[task["id"]] = task
-            self.made += 1
+        elif is_unsure:
+            self.unsure_titles.add(body["title"])
 
     def read(self) -> None:
         if task := self.any_task():
-            found = self.ask("GET", f"/{task['id']}")
-            check(found in (None, task), found, task)
+            found, _ = self.send("GET", f"/{task['id']}")
+            assert found in (None, task), (found, task)
 
     def list(self) -> None:
-        found = self.ask("GET", "")
+        found, _ = self.send("GET")
         if found is not None:
             self.audit(found)
 
     def rename(self) -> None:
         if task := self.any_task():
-            title = self.title()
-            self.change(task, {**task, "title": title}, self.ask("PUT", f"/{task['id']}", {"title": title}))
+            change = {"title": self.new_title()}
+            self.change(task, task | change, "PUT", body=change)
 
-    def complete(self) -> None:
+    def toggle(self) -> None:
         if task := self.any_task():
-            state = {"is_completed": not task["is_completed"]}
-            self.change(task, {**task, **state}, self.ask("PATCH", f"/{task['id']}/complete", state))
+            self.change(task, task | {"is_completed": not task["is_completed"]}, "PATCH", "/complete")
 
     def delete(self) -> None:
         if task := self.any_task():
-            found = self.ask("DELETE", f"/{task['id']}")
-            check(found in (None, task), found, task)
-            self.change(task, None, found)
+            self.change(task, None, "DELETE")
 
     def intrude(self) -> None:
-        """With no good token, and at somebody else's address."""
-        for token, url, status in ((f"{self.token}x", self.url, 401), (self.token, "/api/soak/tasks", 403)):
-            began = time.monotonic()
-            answer = self.wire.send(request("GET", url, token=token)).answer()
-            self.refused.append((began, time.monotonic()))
-            check(answer.status == status, answer)
+        """With an invalid token, and with another user's."""
+        self.send("GET", status=401, token=f"{self.token}x")
+        self.send("GET", status=403, token=mint("another"))
 
-    def ask(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
-        """What was answered, or None for 503."""
-        sent = None if body is None else json.dumps(body).encode()
-        began = time.monotonic()
-        answer = self.wire.send(request(method, self.url + path, token=self.token, body=sent)).answer()
-        self.answered.append(((began, time.monotonic()), answer.status == status))
-        if answer.status == 503 and "retry-after" in answer.headers:
-            return None
-        check(answer.status == status, answer)
-        return answer.json
+    def change(self, task: Task, after: Task | None, method: str, path: str = "", body: Any = None) -> None:
+        """Sends a change, and records its outcome: a 503 that is not called unknown promises that nothing changed."""
+        id = task["id"]
+        found, is_unsure = self.send(method, f"/{id}{path}", body)
+        if found or is_unsure:
+            del self.tasks[id]
+        if is_unsure:
+            self.unsure[id] = {content(task), content(after)}
+        elif found and after:
+            assert content(found) == content(after), (found, after)
+            self.tasks[id] = found
+        else:
+            assert found in (None, task), (found, task)
 
-    def title(self) -> str:
-        """One that nobody ever used."""
+    def send(
+        self, method: str, path: str = "", body: Any = None, status: int = 200, token: str | None = None
+    ) -> tuple[Any, bool]:
+        """The JSON of the expected answer, or None for 503, and whether the outcome is unknown."""
+        data = None if body is None else json.dumps(body).encode()
+        start = time.monotonic()
+        self.wire.send(request(method, self.path + path, token=token or self.token, body=data))
+        answer = self.wire.answer()
+        succeeded = answer.status == status
+        self.exchanges.append(Exchange(start, time.monotonic(), succeeded))
+        self.successes = self.successes + 1 if succeeded else 0
+        if succeeded:
+            return answer.json, False
+        assert (answer.status, answer.headers["retry-after"], status < 300) == (503, "1", True), answer
+        is_unsure = answer.json["detail"] == OUTCOME_UNKNOWN
+        assert method != "GET" or not is_unsure, answer
+        return None, is_unsure
+
+    def new_title(self) -> str:
         self.titles += 1
-        return f"{self.name}'s {self.titles}"
+        return f"{self.name} {self.titles}"
 
     def any_task(self) -> Task | None:
         return self.tasks[secrets.choice([*self.tasks])] if self.tasks else None
 
-    def change(self, before: Task, after: Task | None, answer: Task | None) -> None:
-        """Notes what a task has become, as far as anybody knows."""
-        id = before["id"]
-        del self.tasks[id]
-        if answer is None:
-            self.unsure[id] = {essence(before), essence(after)}
-        elif after is not None:
-            check(essence(answer) == essence(after), answer, after)
-            self.tasks[id] = answer
-
     def audit(self, found: Sequence[Task]) -> None:
-        """Whether these are the tasks that there must be, once each, and no others than there may be."""
-        there = {task["id"]: task for task in found}
+        """Checks that these are the tasks that must exist, once each, and no others than may exist."""
+        by_id = {task["id"]: task for task in found}
         titles = {task["title"] for task in found}
-        check(len(there) == len(titles) == len(found), found)
-        check({id: there.get(id) for id in self.tasks} == self.tasks, found, self.tasks)
-        for id in there.keys() - self.tasks.keys():
-            is_known = essence(there[id]) in self.unsure.get(id, ())
-            check(is_known or there[id]["title"] in self.perhaps, there[id])
-        for id in self.unsure.keys() - there.keys():
-            check(None in self.unsure[id], id)
+        assert len(by_id) == len(titles) == len(found), found
+        assert {id: by_id.get(id) for id in self.tasks} == self.tasks, (found, self.tasks)
+        for id in by_id.keys() - self.tasks.keys():
+            is_expected = content(by_id[id]) in self.unsure.get(id, ())
+            assert is_expected or by_id[id]["title"] in self.unsure_titles, by_id[id]
+        for id in self.unsure.keys() - by_id.keys():
+            assert None in self.unsure[id], id
 
 
-def check(holds: bool, *what: object) -> None:
-    if not holds:
-        raise Broken(*what)
-
-
-def essence(task: Task | None) -> object:
-    """What a person wrote of a task."""
+def content(task: Task | None) -> object:
+    """What the user wrote of a task."""
     return task and (task["title"], task["description"], task["is_completed"])
+
+
+class Usage(NamedTuple):
+    """What a server uses at one moment, all of its processes together; memory in MB."""
+
+    memory: int
+    descriptors: int
+    threads: int
+    connections: int
+
+
+def processes_of(server: Process) -> list[int]:
+    """The server's process and its workers: all are in one session."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has exited
+            if os.getsid(int(path.name)) == server.popen.pid:
+                found.append(int(path.name))
+    return found
+
+
+def measure(server: Process, cluster: Postgres) -> Usage:
+    memory = threads = descriptors = connections = 0
+    for pid in processes_of(server):
+        status = dict(re.findall(r"^(\w+):\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
+        memory += int(status["VmRSS"])
+        threads += int(status["Threads"])
+        descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+    with contextlib.suppress(psycopg.OperationalError):  # it is being restarted
+        connections = len(cluster.backends())
+    return Usage(memory // 1024, descriptors, threads, connections)
+
+
+def log_lines(server: Process) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in server.stderr.splitlines() if line.startswith("{")]
 
 
 def p99(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
 
 
-@dataclass(frozen=True)
-class Use:
-    """What a server takes at a moment."""
+class Soak:
+    """One run: which promises were broken."""
 
-    when: float
-    memory: int
-    descriptors: int
-    threads: int
-    connections: int
+    def __init__(self, server: Server, cluster: Postgres, users: int) -> None:
+        self.server, self.cluster = server, cluster
+        self.clients = [Client(server.url, f"soak-{number}") for number in range(users)]
+        self.outages: list[tuple[float, float]] = []
+        self.requests = 0
+        self.broken: list[str] = []
 
-    def __str__(self) -> str:
-        return (
-            f"{self.memory} MB, {self.descriptors} descriptors, {self.threads} threads, "
-            f"{self.connections} connections to PostgreSQL"
-        )
+    def promise(self, is_kept: bool, promise: str, found: object) -> None:
+        line = f"{'kept' if is_kept else 'BROKEN'}: {promise}: {found}"
+        print(line)
+        if not is_kept:
+            self.broken.append(line)
 
+    def run(self, seconds: float) -> None:
+        self.measure_refusals()
+        self.audit()  # which opens the pool
+        before = measure(self.server, self.cluster)
+        stop = threading.Event()
+        with ThreadPoolExecutor(len(self.clients)) as threads:
+            running = [threads.submit(client.run, stop) for client in self.clients]
+            try:
+                usages = self.watch(seconds, running)
+            finally:
+                stop.set()
+        for one in running:
+            one.result()
+        self.judge_exchanges()
+        self.audit()
+        self.judge_usages(before, usages)
+        self.judge_log()
 
-@dataclass
-class Report:
-    """What was found, and which promise was broken."""
+    def measure_refusals(self) -> None:
+        """On the idle server."""
+        took = []
+        with Wire(self.server.url) as wire:
+            for number in range(300):  # a new token each time: a cached one would not be verified
+                start = time.monotonic()
+                wire.send(request("GET", "/api/a/tasks", token=mint("soak", jti=number)))
+                answer = wire.answer()
+                assert answer.status == 403, answer
+                took.append(1000 * (time.monotonic() - start))
+        self.requests += len(took)
+        checks = [line["duration"] for line in log_lines(self.server) if line["message"].startswith("request")]
+        self.promise(p99(took) < 100, "a refusal takes less than 100 ms (SC-002), p99", f"{p99(took):.1f} ms")
+        self.promise(p99(checks) < 50, "a token's check takes less than 50 ms (SC-005), p99", f"{p99(checks):.1f} ms")
 
-    found: dict[str, object] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)
+    def watch(self, seconds: float, running: Sequence[Future[None]]) -> list[Usage]:
+        """Measures the server while the clients run, and stops the database three times: in order, by kill -9, and by
+        kill -9 of one backend."""
+        start = time.monotonic()
+        usages: list[Usage] = []
+        faults = [self.cluster.stop, self.cluster.crash, self.cluster.crash_backend]
+        while ((passed := time.monotonic() - start) < seconds or faults) and not any(one.done() for one in running):
+            if faults and passed >= seconds * (1 - len(faults) / 4):
+                faults.pop(0)()
+                if not self.cluster.processes:
+                    time.sleep(0.5)
+                    self.cluster.start()
+                self.outages.append((start + passed, time.monotonic() + RECOVERY))
+            usages.append(measure(self.server, self.cluster))
+            time.sleep(0.5)
+        return usages
 
-    def promise(self, holds: bool, what: str, found: object) -> None:
-        self.found[what] = found
-        if not holds:
-            self.broken.append(f"{what}: {found}")
+    def judge_exchanges(self) -> None:
+        exchanges = [one for client in self.clients for one in client.exchanges]
+        outside = [one.succeeded for one in exchanges
+                   if not any(one.start < end and one.end > start for start, end in self.outages)]  # fmt: skip
+        longest = max(one.end - one.start for one in exchanges)
+        self.requests += len(exchanges)
+        rate = 100 * sum(outside) / len(outside)
+        self.promise(rate >= 99.9, "requests outside the outages succeed, 99.9% (SC-001)", f"{rate:.3f}%")
+        self.promise(longest < LONGEST, f"no request takes {LONGEST} s", f"{longest:.1f} s")
 
+    def audit(self) -> None:
+        """Checks that every acknowledged task exists once."""
+        kept = 0
+        for client in self.clients:
+            found = self.server.ask("GET", client.path, token=client.token).json
+            client.audit(found)
+            kept += len(found)
+        self.requests += len(self.clients)
+        [(rows,)] = self.cluster.run("SELECT count(*) FROM taskapi.tasks")
+        self.promise(kept == rows, "every acknowledged write exists once", f"{kept} tasks")
 
-def look(server: Server, cluster: Postgres) -> Use:
-    status = Path(f"/proc/{server.popen.pid}/status").read_text()
-    memory, threads = (int(re.findall(rf"{name}:\s+(\d+)", status)[0]) for name in ("VmRSS", "Threads"))
-    connections = 0
-    with contextlib.suppress(psycopg.OperationalError):  # it is just being restarted
-        connections = len(cluster.backends())
-    descriptors = len(os.listdir(f"/proc/{server.popen.pid}/fd"))
-    return Use(time.monotonic(), memory // 1024, descriptors, threads, connections)
+    def judge_usages(self, before: Usage, usages: Sequence[Usage]) -> None:
+        def is_at_rest() -> bool:
+            now = measure(self.server, self.cluster)
+            return now.descriptors <= before.descriptors + POOL and now.threads <= before.threads
 
+        wait_until(is_at_rest, "descriptors are closed and threads have ended")
+        early = [usage.memory for usage in usages[len(usages) // 3 : len(usages) // 2]]
+        grown = usages[-1].memory - round(statistics.mean(early))
+        pool = max(usage.connections for usage in usages)
+        self.promise(grown <= GROWTH, f"memory grows by no more than {GROWTH} MB", f"{grown} MB; {usages[-1]}")
+        self.promise(pool <= POOL + 1, "connections to PostgreSQL stay within the pool", pool)
 
-def is_at_rest(before: Use, now: Use) -> bool:
-    """Whether what a load has taken is given back, but for connections to PostgreSQL."""
-    return now.descriptors <= before.descriptors + 9 and now.threads <= before.threads
-
-
-def told(server: Server) -> Iterator[dict[str, Any]]:
-    """The server's log."""
-    with open(f"/proc/self/fd/{server.err.fileno()}") as lines:  # a place to read of its own
-        yield from map(json.loads, lines)
-
-
-def calm(server: Server, report: Report) -> int:
-    """What a refusal takes while nobody else is there; how many requests that were."""
-    bad, good = f"{mint('soak')}x", [mint("soak", jti=number) for number in range(300)]
-    took = []
-    with Wire(server.url) as wire:
-        for number, token in enumerate(good):
-            for sent, status in ((bad, 401), (token, 403)):  # a new token each time: one that is remembered is no check
-                began = time.monotonic()
-                answer = wire.send(request("GET", "/api/a/tasks", f"X-Request-ID: calm-{number}", token=sent)).answer()
-                took.append(1000 * (time.monotonic() - began))
-                check(answer.status == status, answer)
-    report.promise(p99(took) < 100, "a refusal takes less than 100 ms (SC-002), p99", f"{p99(took):.1f} ms")
-    checks = [line["duration"] for line in told(server) if str(line.get("request_id")).startswith("calm-")
-              if line["message"] == "request"]  # fmt: skip
-    report.promise(p99(checks) < 50, "a token's check takes less than 50 ms (SC-005), p99", f"{p99(checks):.1f} ms")
-    return len(took)
-
-
-def restarts(cluster: Postgres, begin: float, seconds: float) -> Iterator[tuple[float, Callable[[], None]]]:
-    """When the database is restarted, and how: as for an upgrade, and as after a crash."""
-
-    def upgrade() -> None:
-        with cluster.stopped():
-            time.sleep(1)
-
-    def crash() -> None:
-        cluster.crash()
-        cluster.start()
-
-    yield begin + seconds / 3, upgrade
-    yield begin + seconds * 2 / 3, crash
-    yield float("inf"), crash
-
-
-def watch(
-    server: Server, cluster: Postgres, seconds: float, working: Sequence[Future[None]], tell: Callable[[str], None]
-) -> tuple[list[Use], list[Span]]:
-    """Lets people work for that long, with two restarts in between; what the server took, and the outages."""
-    begin = time.monotonic()
-    uses: list[Use] = []
-    outages: list[Span] = []
-    plan = restarts(cluster, begin, seconds)
-    due, restart = next(plan)
-    while (now := time.monotonic()) < begin + seconds and not any(work.done() for work in working):
-        if now >= due:
-            restart()
-            outages.append((now, time.monotonic() + RECOVERY))
-            tell(f"{now - begin:6.1f} s  the database was away for {time.monotonic() - now:.1f} s")
-            due, restart = next(plan)
-        uses.append(look(server, cluster))
-        if len(uses) % 20 == 1:
-            tell(f"{now - begin:6.1f} s  {uses[-1]}")
-        time.sleep(0.5)
-    return uses, outages
-
-
-def judge(people: Sequence[Somebody], outages: Sequence[Span], seconds: float, report: Report) -> None:
-    """What the people saw."""
-    answered = [one for somebody in people for one in somebody.answered]
-    outside = [is_good for (began, ended), is_good in answered
-               if not any(began < end and ended > start for start, end in outages)]  # fmt: skip
-    spans = [span for span, _ in answered] + [span for somebody in people for span in somebody.refused]
-    times = [ended - began for began, ended in spans]
-    report.found["requests"] = f"{len(times)}, {len(times) / seconds:.0f} a second"
-    report.found["latency under that load"] = f"median {statistics.median(times):.3f} s, p99 {p99(times):.3f} s"
-    report.found["answered 503 around the restarts"] = len(answered) - sum(good for _, good in answered)
-    rate = 100 * sum(outside) / len(outside)
-    report.promise(rate >= 99.9, "requests outside the outages succeed, 99.9% (SC-001)", f"{rate:.3f}%")
-    report.promise(max(times) < LONGEST, f"no request takes {LONGEST} s", f"{max(times):.1f} s")
+    def judge_log(self) -> None:
+        lines = log_lines(self.server)
+        logged = sum(line["message"].startswith("request") for line in lines)
+        self.promise(logged == self.requests, "every request has a log line", f"{logged} of {self.requests}")
+        defects = sum(line["message"] == "defect" or line["level"] == "CRITICAL" for line in lines)
+        self.promise(not defects, "the log has no defect", defects)
 
 
-def judge_uses(before: Use, uses: Sequence[Use], after: Use, report: Report) -> None:
-    """What the server took."""
-    settled = [use.memory for use in uses[len(uses) // 3 : len(uses) // 2]]
-    grown = uses[-1].memory - round(statistics.mean(settled))
-    report.found["before, under load, after"] = f"{before}; {uses[-1]}; {after}"
-    report.promise(grown <= GROWTH, f"memory grows by no more than {GROWTH} MB", f"{grown} MB")
-    pool = max(use.connections for use in uses)
-    report.promise(pool <= 9, "connections to PostgreSQL stay within the pool", pool)
-    left = after.descriptors - before.descriptors
-    report.promise(left <= pool, "descriptors are given back, but for the pool's", left)
-    report.promise(after.threads <= before.threads, "threads are given back", after.threads - before.threads)
-
-
-def audit(server: Server, cluster: Postgres, people: Sequence[Somebody], report: Report) -> int:
-    """Whether everything that was acknowledged is there, once; how many requests that took."""
-    kept = 0
-    for somebody in people:
-        found = server.ask("GET", somebody.url, token=somebody.token).json
-        somebody.audit(found)
-        kept += len(found)
-    rows = cluster.run("SELECT count(*) FROM taskapi.tasks")[0][0]
-    made = sum(somebody.made for somebody in people)
-    report.promise(kept == rows, "every acknowledged write is there, once", f"{made} tasks made, {kept} kept")
-    return len(people)
-
-
-def judge_log(server: Server, requests: int, report: Report) -> None:
-    lines = list(told(server))
-    told_requests = sum(line["message"] == "request" for line in lines)
-    report.promise(told_requests == requests, "every request has its line in the log", f"{told_requests} of {requests}")
-    defects = sum(line["message"] == "defect" or line["level"] == "CRITICAL" for line in lines)
-    report.promise(not defects, "no defect is logged", defects)
-
-
-def soak(seconds: float, users: int, tell: Callable[[str], None] = print) -> Report:
-    """Has `users` people work for that long, and reports."""
-    report = Report()
-    env = {"BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT": "9999999/minute", "RATE_LIMIT_REFUSED": "9999999/minute"}
-    with (
-        tempfile.TemporaryDirectory() as name,
-        Postgres(Path(name, "cluster")) as cluster,
-        copied(Path(name, "checkout")) as checkout,
-    ):
+def soak(seconds: float, users: int = 200, server_name: str = "waitress") -> Soak:
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        cluster = stack.enter_context(Postgres(Path(name, "cluster")))
         cluster.migrate()
-        with serving(checkout, {**env, "DATABASE_URL": cluster.login}) as server:
-            _soak(server, cluster, [Somebody(server, number) for number in range(users)], seconds, tell, report)
-            report.promise(server.stop() == 0, "the server ends in order", server.popen.returncode)
-    return report
-
-
-def _soak(
-    server: Server,
-    cluster: Postgres,
-    people: Sequence[Somebody],
-    seconds: float,
-    tell: Callable[[str], None],
-    report: Report,
-) -> None:
-    count = calm(server, report) + audit(server, cluster, people, report)  # which opens the pool
-    before = look(server, cluster)
-    stop = threading.Event()
-    with ThreadPoolExecutor(len(people)) as pool:
-        working = [pool.submit(somebody.live, stop) for somebody in people]
-        try:
-            uses, outages = watch(server, cluster, seconds, working, tell)
-        finally:
-            stop.set()
-    for work in working:
-        work.result()
-    judge(people, outages, seconds, report)
-    count += audit(server, cluster, people, report)
-    wait_until(lambda: is_at_rest(before, look(server, cluster)), "descriptors and threads are given back")
-    judge_uses(before, uses, look(server, cluster), report)
-    judge_log(server, count + sum(len(one.answered) + len(one.refused) for one in people), report)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=3)
-    parser.add_argument("--users", type=int, default=200)
-    arguments = parser.parse_args()
-    report = soak(60 * arguments.minutes, arguments.users)
-    for what, found in report.found.items():
-        print(f"{what}: {found}")
-    sys.exit("\n".join(f"BROKEN: {what}" for what in report.broken) or 0)
+        checkout = stack.enter_context(copied(Path(name, "checkout")))
+        env = {"BETTER_AUTH_SECRET": SECRET, "DATABASE_URL": cluster.login}
+        env |= {"RATE_LIMIT": "9999999/minute", "RATE_LIMIT_REFUSED": "9999999/minute"}
+        run = Soak(stack.enter_context(serving_with(server_name, checkout, env)), cluster, users)
+        run.run(seconds)
+        run.promise(run.server.stop() == 0, "the server exits with status 0", run.server.popen.returncode)
+    return run
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=3)
+    parser.add_argument("--server", choices=SERVERS, default="waitress")
+    arguments = parser.parse_args()
+    sys.exit(bool(soak(60 * arguments.minutes, server_name=arguments.server).broken))

@@ -1,12 +1,15 @@
-"""What the README gives to paste for a deployment, with the real programs."""
+"""The README's lines for a deployment, with the real programs: nginx, granian, systemd, a container's steps."""
 
 import json
-import os
+import secrets
 import shutil
-import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,94 +17,117 @@ import pytest
 from tests.people import SECRET, mint
 from tests.processes import (
     CHECKOUT,
-    TIMEOUT,
-    Server,
     Wire,
     ask,
-    copied,
     environment,
     free_port,
+    readme,
     request,
     serving,
+    shared_copy,
     started,
     wait_until,
-)
-from tests.test_docs import pasted
+)  # fmt: skip
+from tests.servers import listens, needs_nginx, nginx, serving_with
 
-PATH = f"{os.environ['PATH']}:/usr/sbin"  # where Debian has nginx
+TOKEN = mint("ann")
+TASKS = "/api/ann/tasks"
 
 
-def listens(port: int) -> bool:
-    with socket.socket() as sock:
-        return sock.connect_ex(("127.0.0.1", port)) == 0
+folder = shared_copy()
 
 
 @pytest.fixture
-def instance(database_url: str, tmp_path: Path) -> Iterator[Server]:
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "TRUSTED_PROXY": "127.0.0.1"}
-    with copied(tmp_path / "checkout") as folder, serving(folder, variables, token=mint("ann")) as server:
-        yield server
+def settings(database_url: str) -> dict[str, str]:
+    return {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "TRUSTED_PROXY": "127.0.0.1"}
 
 
-@pytest.mark.skipif(not shutil.which("nginx", path=PATH), reason="the test of the README's nginx lines needs nginx")
-def test_nginx_as_pasted_serves_and_passes_over_an_instance_that_is_not_there(instance: Server, tmp_path: Path) -> None:
-    front, nobody = free_port(), free_port()
-    site = pasted("nginx").replace("127.0.0.1:8000", instance.url.removeprefix("http://"))
-    site = site.replace("127.0.0.1:8001", f"127.0.0.1:{nobody}").replace("127.0.0.1:8080", f"127.0.0.1:{front}")
-    temporary = "".join(
-        f"{what}_temp_path {tmp_path}/t;" for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
-    )
-    (tmp_path / "nginx.conf").write_text(
-        f"daemon off; pid {tmp_path}/pid; error_log {tmp_path}/error.log; events {{}}"
-        f"http {{ access_log off; {temporary} {site} }}"
-    )
-    command = [
-        shutil.which("nginx", path=PATH) or "",
-        "-p",
-        str(tmp_path),
-        "-c",
-        "nginx.conf",
-        "-e",
-        str(tmp_path / "error.log"),
-    ]
-    with started(command, tmp_path, {}):
-        wait_until(lambda: listens(front), "nginx listens")
-        with Wire(f"http://127.0.0.1:{front}") as wire:
-            for _ in range(10):
-                spoofed = request("GET", "/api/ann/tasks", "X-Forwarded-For: 6.6.6.6", token=instance.token)
-                assert wire.send(spoofed).answer().status == 200
-            assert wire.send(request("GET", "/api/ann/tasks")).answer().status == 401
-    assert "6.6.6.6" not in instance.stderr
-    assert '"client": "127.0.0.1"' in instance.stderr
+@contextmanager
+def nginx_before(url: str, other: str, folder: Path) -> Iterator[str]:
+    """nginx with the README's lines in front of two servers; yields its URL."""
+    port = free_port()
+    site = readme(language="nginx").replace("127.0.0.1:8000", url[7:]).replace("127.0.0.1:8001", other[7:])
+    with nginx(folder, site.replace(":8080", f":{port}")):
+        wait_until(lambda: listens(port), "nginx listens")
+        yield f"http://127.0.0.1:{port}"
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="the test of the README's unit needs systemd-analyze")
-def test_the_unit_as_pasted_is_one_that_systemd_takes(tmp_path: Path) -> None:
+def create_tasks(url: str, user: str, stop: threading.Event) -> list[str]:
+    """Creates and lists tasks until `stop`; returns the titles. Each request must succeed."""
+    titles: list[str] = []
+    while not stop.is_set():
+        with Wire(url) as wire:
+            for _ in range(20):
+                titles.append(f"Task {len(titles)}")
+                body = json.dumps({"title": titles[-1]}).encode()
+                spoofed = request("POST", f"/api/{user}/tasks", "X-Forwarded-For: 6.6.6.6", token=mint(user), body=body)
+                created = wire.send(spoofed).answer()
+                assert (created.status, created.json["title"]) == (201, titles[-1])
+                assert wire.send(request("GET", f"/api/{user}/tasks?limit=1", token=mint(user))).answer().status == 200
+    return titles
+
+
+@needs_nginx
+@pytest.mark.slow
+def test_restart_behind_nginx_fails_no_request(folder: Path, settings: dict[str, str], tmp_path: Path) -> None:
+    """Of one of two instances, under load; the log names the client that nginx saw."""
+    port, stop = str(free_port()), threading.Event()
+    users = [f"restart-{number}-{secrets.token_hex(6)}" for number in range(8)]
+    with ExitStack() as stack, ThreadPoolExecutor(len(users)) as pool:
+        first, other = (stack.enter_context(serving(folder, {**settings, "PORT": number})) for number in (port, "0"))
+        url = stack.enter_context(nginx_before(first.url, other.url, tmp_path))
+        working = [pool.submit(create_tasks, url, user, stop) for user in users]
+        try:
+            time.sleep(0.3)
+            assert first.stop() == 0
+            again = stack.enter_context(serving(folder, {**settings, "PORT": port}))
+            time.sleep(0.3)
+        finally:
+            stop.set()
+        for user, work in zip(users, working, strict=True):
+            created, listed = work.result(), ask(other.url, "GET", f"/api/{user}/tasks", token=mint(user)).json
+            assert [task["title"] for task in listed] == created
+        assert '"status": 201' in first.stderr
+        assert {line["client"] for line in map(json.loads, first.stderr.splitlines())} == {"127.0.0.1"}
+        assert first.complaints == other.complaints == again.complaints == []
+
+
+@needs_nginx
+def test_unfinished_uploads_do_not_stop_granian(folder: Path, settings: dict[str, str], tmp_path: Path) -> None:
+    """Each of its threads reads one body; nginx in front gives it whole ones. waitress needs no help: test_waitress."""
+    half = request("POST", TASKS, token=TOKEN, body=b'{"title": "Buy milk"}')[:-5]
+    with serving_with("granian", folder, settings) as server, ExitStack() as stack:
+        url = stack.enter_context(nginx_before(server.url, server.url, tmp_path))
+        uploads = [stack.enter_context(Wire(url)).send(half) for _ in range(20)]
+        for _ in range(5):
+            before = time.monotonic()
+            assert ask(url, "GET", TASKS, token=TOKEN).status == 200
+            assert time.monotonic() - before < 1
+        assert uploads[0].send(b'ilk"}').answer().status == 201
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "taskapi@.service"
-    unit.write_text(pasted("ini").replace("/srv/taskapi/.venv/bin/python", "/bin/true"))
+    unit.write_text(readme(language="ini").replace("/srv/taskapi/.venv/bin/python", "/bin/true"))
     result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=30)
     assert result.returncode == 0, result.stderr
 
 
-def test_the_container_file_as_pasted_says_what_works_here(database_url: str, tmp_path: Path) -> None:
-    """Followed by hand, for want of an image to start from: what it copies, what it runs, how that is asked."""
-    steps = [line.split(" ", 1) for line in pasted("dockerfile").splitlines()]
-    folder = tmp_path / "srv"
-    folder.mkdir()
+def test_container_file_copies_and_runs_what_is_needed(database_url: str, tmp_path: Path) -> None:
+    """Its steps are followed by hand, since there is no image to start from."""
+    steps = [line.split(" ", 1) for line in readme(language="dockerfile").splitlines()]
     for words in (rest.split() for step, rest in steps if step == "COPY"):
         for source in words[:-1]:
-            into = folder / words[-1]
             copy = shutil.copytree if (CHECKOUT / source).is_dir() else shutil.copy
-            copy(CHECKOUT / source, into)
-    said = {step: rest for step, rest in steps if step not in ("COPY", "RUN")}
-    host, port = said["ENV"].removeprefix("HOST="), free_port()
-    env = environment(HOST=host, PORT=str(port), DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)
-    command = [sys.executable, *json.loads(said["CMD"])[1:]]
-    with started(command, folder, env) as process:
-        wait_until(lambda: listens(port), "the container's process listens")
-        check = json.loads(said["HEALTHCHECK"].removeprefix("CMD "))
-        check = [sys.executable, *(word.replace(said["EXPOSE"], str(port)) for word in check[1:])]
-        subprocess.run(check, check=True, timeout=TIMEOUT)
-        assert ask(f"http://127.0.0.1:{port}", "GET", "/api/ann/tasks", token=mint("ann")).status == 200
-        assert not (folder / ".taskapi").exists()  # which nobody could not make there
+            copy(CHECKOUT / source, tmp_path / words[-1])
+    values = {step: rest for step, rest in steps if step not in ("COPY", "RUN")}
+    host, port = values["ENV"].removeprefix("HOST="), str(free_port())
+    env = environment(HOST=host, PORT=port, DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)
+    with started([sys.executable, *json.loads(values["CMD"])[1:]], tmp_path, env) as process:
+        process.wait_for("listens on")
+        check = json.loads(values["HEALTHCHECK"].removeprefix("CMD "))
+        subprocess.run([sys.executable, *(word.replace(values["EXPOSE"], port) for word in check[1:])], check=True)
+        assert ask(f"http://127.0.0.1:{port}", "GET", TASKS, token=TOKEN).status == 200
+        assert not (tmp_path / ".taskapi").exists()  # its user may not write there
         assert process.stop() == 0

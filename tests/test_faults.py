@@ -1,52 +1,49 @@
-"""PostgreSQL stopped, killed, frozen, full and in the way, under a real server: what a client is told, and how soon."""
+"""Database faults under a running server: what clients are told, how soon, and that nothing is lost or done twice."""
 
 import contextlib
 import gc
 import itertools
-import json
+import operator
 import os
 import re
 import secrets
-import signal
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 
 import psycopg
 import psycopg_pool
 import pytest
 from flask import Flask
 from psycopg import sql
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import taskapi
-from taskapi.db import DEADLINE, FAULTS, NOT_READY, POOL_TIMEOUT, UNKNOWN, UNREACHABLE, _Connection, database
-from taskapi.server import THREADS
+from taskapi import limits
+from taskapi.db import OUTCOME_UNKNOWN, POOL_TIMEOUT, STATEMENT_DEADLINE, UNREACHABLE
+from taskapi.db import UNAVAILABLE_DETAILS as DETAILS
+from taskapi.pool import Connection
 from tests.clusters import Postgres
-from tests.people import SECRET, Person, mint
+from tests.people import SECRET, Person, mint, running_app
 from tests.people import assert_problem as assert_problem_in_process
-from tests.processes import Answer, Server, Wire, copied, request, serving, wait_until
+from tests.processes import Answer, Server, Wire, assert_problem, copied, request, serving, wait_until
+from tests.servers import python_after, serving_with
+from tests.soak import Client, measure
 
-USER = "ann"
-TASKS = f"/api/{USER}/tasks"
-TOKEN = mint(USER)
-SLACK = 1
-"""Seconds that a busy machine may add to any bound."""
+POOL = 8  # connections of a server to PostgreSQL, and requests that it serves at a time
+SLACK = 1  # seconds that a busy machine may add to any bound
+BOUND = POOL_TIMEOUT + STATEMENT_DEADLINE + SLACK  # seconds that any request may take, whatever happens
+RECOVERY = 2 + SLACK  # seconds after the end of a fault when every request succeeds again
+PASSWORD, PRIVATE = "the database password", "the text of a task"
 
-BOUND = POOL_TIMEOUT + DEADLINE + SLACK
-"""No request takes longer, whatever happens to the database."""
-
-RECOVERY = 2 + SLACK
-"""After which every request succeeds again, from the end of a fault on."""
-
-PRIVATE = "what a row holds"
-
-FAULTY = """
+TRIGGERS = """
 CREATE FUNCTION public.fault() RETURNS trigger LANGUAGE plpgsql AS $$
 DECLARE
     words text[] := string_to_array(NEW.title, ' ');
@@ -59,118 +56,101 @@ BEGIN
     RETURN NEW;
 END
 $$;
-CREATE TRIGGER at_once BEFORE INSERT ON taskapi.tasks FOR EACH ROW EXECUTE FUNCTION public.fault('raise');
-CREATE CONSTRAINT TRIGGER at_the_end AFTER INSERT ON taskapi.tasks DEFERRABLE INITIALLY DEFERRED
+CREATE TRIGGER fault_in_statement BEFORE INSERT ON taskapi.tasks FOR EACH ROW EXECUTE FUNCTION public.fault('raise');
+CREATE CONSTRAINT TRIGGER fault_at_commit AFTER INSERT ON taskapi.tasks DEFERRABLE INITIALLY DEFERRED
     FOR EACH ROW EXECUTE FUNCTION public.fault('commit')
 """
-"""A task's title says what shall happen to the statement that creates it."""
+"""The title of a new task tells which fault its INSERT meets: `sleep 0.5`, `raise 40001`, `commit 40001`."""
 
 
 @pytest.fixture(scope="module")
 def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
     with Postgres(tmp_path_factory.mktemp("faults")) as postgres:
         postgres.migrate()
-        postgres.run(FAULTY)
+        postgres.run(TRIGGERS)
         yield postgres
 
 
+Serve = Callable[..., AbstractContextManager[Server]]
+HASTY = {"POOL_TIMEOUT": 0.3, "STATEMENT_DEADLINE": 2}
+"""Shorter bounds, of the server with that name."""
+
+
 @pytest.fixture(scope="module")
-def checkout_to_serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
+    """Starts a server on a database: `serve(url, "granian")`."""
     with copied(tmp_path_factory.mktemp("served") / "checkout") as folder:
-        yield folder
+
+        def start(url: str, name: str = "waitress") -> AbstractContextManager[Server]:
+            variables = {"DATABASE_URL": make_conninfo(url, password=PASSWORD), "BETTER_AUTH_SECRET": SECRET}
+            if name == "hasty":
+                changes = [f"db.{name} = tasks.{name} = {value}" for name, value in HASTY.items()]
+                python = python_after("from taskapi import db, tasks", *changes)
+                return serving(folder, variables, token=mint("ann"), python=python)
+            return serving_with(name, folder, variables, token=mint("ann"))
+
+        yield start
 
 
-@contextmanager
-def serving_from(url: str, folder: Path) -> Iterator[Server]:
-    with serving(folder, {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}, token=TOKEN) as server:
-        yield server
+Process = tuple[Server, tuple[int, int]]
+"""A server, and how many threads and files it has when it is idle."""
 
 
-@pytest.fixture(scope="module")
-def process(postgres: Postgres, checkout_to_serve: Path) -> Iterator[Server]:
-    with serving_from(postgres.login, checkout_to_serve) as server:
+@pytest.fixture(scope="module", params=["waitress"])
+def process(request: pytest.FixtureRequest, postgres: Postgres, serve: Serve) -> Iterator[Process]:
+    """One server at a time: with two, PostgreSQL's backends could not be told apart."""
+    with serve(postgres.login, request.param) as server:
         wait_until(lambda: is_whole(server), "the pool has grown")
-        yield server
+        assert server.ask("GET", "/readyz").status == 200
+        yield server, threads_and_files(server, postgres)
 
 
-@pytest.fixture(scope="module")
-def at_rest(process: Server, postgres: Postgres) -> tuple[int, int]:
-    """What the server holds while nobody asks."""
-    assert process.ask("GET", "/readyz").status == 200
-    seen: list[tuple[int, int]] = []
-
-    def look() -> bool:
-        seen.append(holdings(process, postgres))
-        return seen[-150:] == [seen[-1]] * 150  # longer than threads stay that were called in
-
-    wait_until(look, "it is at rest")
-    return seen[-1]
+slow_granian = pytest.param("granian", marks=pytest.mark.slow)
+both_servers = pytest.mark.parametrize("process", ["waitress", slow_granian], indirect=True)
+hasty_server = pytest.mark.parametrize("process", ["hasty"], indirect=True)
 
 
 @pytest.fixture
-def server(process: Server, postgres: Postgres, at_rest: tuple[int, int]) -> Iterator[Server]:
-    """The server, which a test leaves as it was: serving at full width, with as many threads and descriptors, and
-    with no row in its log."""
-    yield process
+def server(process: Process, postgres: Postgres) -> Iterator[Server]:
+    """The server; after the test its pool must be complete again, no thread or file left open and no secret logged."""
+    server, at_rest = process
+    yield server
     with within(RECOVERY):
-        wait_until(lambda: is_whole(process), "the pool is whole")
-    seen: list[tuple[int, int]] = []
-
-    def is_at_rest() -> bool:
-        seen[:] = [holdings(process, postgres)]
-        return seen == [at_rest]
-
-    try:
-        wait_until(is_at_rest, "nothing has leaked")
-    except AssertionError as error:
-        raise AssertionError(f"{error}: {seen} for {at_rest}") from None
-    assert len(postgres.backends()) <= 8
-    assert PRIVATE not in log_of(process)
+        wait_until(lambda: is_whole(server), "the pool is complete")
+    wait_until(lambda: all(map(operator.le, threads_and_files(server, postgres), at_rest)), "nothing has leaked")
+    assert len(postgres.backends()) <= POOL
+    assert not re.search(f"{PRIVATE}|{SECRET}|{PASSWORD}|eyJ", server.stderr)
 
 
-def holdings(server: Server, postgres: Postgres) -> tuple[int, int]:
-    """The server's threads, and its descriptors but for those to PostgreSQL, of which the pool has as it needs."""
-    of = Path("/proc", str(server.popen.pid))
-    return len(list((of / "task").iterdir())), len(list((of / "fd").iterdir())) - len(postgres.backends())
+def threads_and_files(server: Server, postgres: Postgres) -> tuple[int, int]:
+    """The server's threads, and its open files without the connections of its pool."""
+    usage = measure(server, postgres)
+    return usage.threads, usage.descriptors - usage.connections
 
 
 def is_whole(server: Server) -> bool:
-    """Whether all threads are served by the database together, and none has to wait for another's connection."""
-    users = iter([f"{USER}-{n}" for n in range(THREADS)])  # what one creates waits for what the same one does
+    """Whether as many requests as the pool has connections are served at a time."""
     start = time.monotonic()
-    answers = together(THREADS, lambda: create(server, "sleep 0.25", next(users)))
-    return {answer.status for answer in answers} == {201} and time.monotonic() - start < 0.5
+    answers = create_at_once(server, "sleep 0.15")
+    return {answer.status for answer in answers} == {201} and time.monotonic() - start < 0.3
 
 
-def log_of(server: Server) -> str:
-    return os.pread(server.err.fileno(), 100_000_000, 0).decode()
-
-
-def together(count: int, work: Callable[[], Answer]) -> list[Answer]:
-    """The answers to `count` requests at once."""
+def create_at_once(server: Server, title: str = "new", count: int = POOL) -> list[Answer]:
+    """The answers to concurrent requests of as many users: the writes of one user wait for each other."""
     with ThreadPoolExecutor(count) as threads:
-        return [future.result() for future in [threads.submit(work) for _ in range(count)]]
+        return list(threads.map(lambda number: create(server, title, f"user-{number}"), range(count)))
 
 
 @contextmanager
 def within(seconds: float, at_least: float = 0) -> Iterator[None]:
-    """What is done in a with block takes no longer than that, nor less."""
+    """The body of the with block takes no longer than that, and at least so long."""
     start = time.monotonic()
     yield
     assert at_least <= time.monotonic() - start < seconds
 
 
-def create(server: Server, title: str = "Buy milk", user: str = USER) -> Answer:
+def create(server: Server, title: str = "new", user: str = "ann") -> Answer:
     return server.ask("POST", f"/api/{user}/tasks", {"title": title, "description": PRIVATE}, mint(user))
-
-
-def read(server: Server) -> Answer:
-    return server.ask("GET", f"{TASKS}/{2**62}")
-
-
-def found(answer: Answer) -> bool:
-    """Whether the database has answered: nobody has that task."""
-    return answer.status == 404
 
 
 def count(postgres: Postgres, title: str) -> int:
@@ -178,175 +158,10 @@ def count(postgres: Postgres, title: str) -> int:
     return number
 
 
-def assert_problem(answer: Answer, status: int, **members: Any) -> None:
-    assert answer.status == status, answer
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert set(answer.json) == {"type", "title", "status", "detail", *members}
-    assert answer.json["type"] == "about:blank"
-    assert answer.json["status"] == status
-    assert {name: answer.json[name] for name in members} == members
-
-
-def assert_unavailable(answer: Answer, detail: str) -> None:
-    assert_problem(answer, 503, detail=detail)
+def assert_unavailable(answer: Answer, detail: str | None) -> None:
+    assert_problem(answer, 503)
+    assert answer.json["detail"] == detail
     assert answer.headers["retry-after"] == "1"
-
-
-# Down
-
-
-def test_a_server_starts_without_its_database_and_finds_it_once_it_is_there(
-    server: Server, postgres: Postgres, checkout_to_serve: Path
-) -> None:
-    with postgres.stopped(), serving_from(postgres.login, checkout_to_serve) as late:
-        with within(POOL_TIMEOUT + SLACK, at_least=POOL_TIMEOUT):
-            assert_unavailable(create(late), UNREACHABLE)
-        time.sleep(0.5)  # until the pool gives up, and nobody asks any more
-        postgres.start()
-        with within(RECOVERY):
-            wait_until(postgres.backends, "the database is found")
-            assert create(late).status == 201
-            wait_until(lambda: is_whole(late), "the pool has grown")
-        assert late.stop() == 0
-
-
-def test_a_server_that_never_saw_its_database_ends_when_it_is_told(
-    server: Server, postgres: Postgres, checkout_to_serve: Path
-) -> None:
-    with postgres.stopped(), serving_from(postgres.login, checkout_to_serve) as another, within(1 + SLACK):
-        assert another.stop() == 0
-
-
-def test_while_the_database_is_down_only_the_first_requests_wait(server: Server, postgres: Postgres) -> None:
-    with postgres.stopped():
-        with within(POOL_TIMEOUT + SLACK):
-            assert {answer.status for answer in together(THREADS, lambda: create(server))} == {503}
-        for _ in range(5):
-            with within(SLACK):
-                assert_unavailable(create(server), UNREACHABLE)
-                assert_unavailable(read(server), UNREACHABLE)
-                assert_unavailable(server.ask("GET", "/readyz"), "Not ready to serve.")
-                assert server.ask("GET", "/livez").status == 200
-        assert_refusals_are_quick(server)
-    with within(RECOVERY):
-        wait_until(lambda: server.ask("GET", "/readyz").status == 200, "ready again")
-        assert create(server).status == 201
-
-
-def assert_refusals_are_quick(server: Server) -> None:
-    """Though many clients do not give up, and each of them needs the database."""
-    ended = threading.Event()
-
-    def insist() -> int:
-        number = 0
-        while not ended.is_set():
-            assert_unavailable(create(server), UNREACHABLE)
-            number += 1
-        return number
-
-    with ThreadPoolExecutor(3 * THREADS) as threads:
-        insisting = [threads.submit(insist) for _ in range(3 * THREADS)]
-        took = []
-        try:
-            for _ in range(20):
-                start = time.monotonic()
-                assert server.ask("GET", TASKS, token="none").status == 401
-                took.append(time.monotonic() - start)
-        finally:
-            ended.set()
-        assert all(one.result() for one in insisting)
-    assert sorted(took)[len(took) // 2] < SLACK / 2
-
-
-# In mid-traffic
-
-
-class Client:
-    """Somebody who makes tasks, completes and reads them without a pause, and remembers what was promised."""
-
-    def __init__(self, url: str) -> None:
-        self.user = f"client-{secrets.token_hex(6)}"
-        self.url = url
-        self.token = mint(self.user)
-        self.states: dict[str, set[bool]] = {}  # of each task that there must be, the states that it may be in
-        self.doubtful: set[str] = set()  # the titles of tasks that there may be
-        self.slowest = 0.0
-        self.last_failure = 0.0
-        self.successes = 0  # in a row
-
-    def live(self, ended: threading.Event) -> None:
-        with Wire(self.url) as wire:
-            while not ended.is_set():
-                for number in range(5):
-                    self._make(wire, f"{number} {secrets.token_hex(6)}")
-                listed = self._tell(wire, "GET")
-                if listed.status == 200:
-                    self.check(listed.json)
-
-    def _make(self, wire: Wire, title: str) -> None:
-        created = self._tell(wire, "POST", body={"title": title, "description": f"All of {title}"})
-        if created.status != 201:
-            self.doubtful |= {title} if created.json["detail"] == UNKNOWN else set()
-            return
-        self.states[title] = {False}
-        turned = self._tell(wire, "PATCH", f"/{created.json['id']}/complete")
-        if turned.status == 200:
-            assert turned.json["is_completed"]
-            self.states[title] = {True}
-        elif turned.json["detail"] == UNKNOWN:
-            self.states[title] = {False, True}
-
-    def _tell(self, wire: Wire, method: str, path: str = "", body: Any = None) -> Answer:
-        sent = None if body is None else json.dumps(body).encode()
-        start = time.monotonic()
-        target = f"/api/{self.user}/tasks{path}"
-        answer = wire.send(request(method, target, token=self.token, body=sent)).answer()
-        end = time.monotonic()
-        self.slowest = max(self.slowest, end - start)
-        if answer.status >= 300:
-            assert_unavailable(answer, answer.json["detail"])
-            assert method != "GET" or answer.json["detail"] != UNKNOWN
-            self.last_failure = end
-        self.successes = self.successes + 1 if answer.status < 300 else 0
-        return answer
-
-    def check(self, tasks: list[dict[str, Any]]) -> None:
-        """Holds these, which are all of the client's tasks, against what was promised."""
-        by_title = {task["title"]: task for task in tasks}
-        assert len(by_title) == len(tasks)
-        assert self.states.keys() <= by_title.keys() <= self.states.keys() | self.doubtful
-        for title, task in by_title.items():
-            assert task["description"] == f"All of {title}"
-            assert task["is_completed"] in self.states.get(title, {False})
-
-
-@contextmanager
-def traffic(server: Server, postgres: Postgres) -> Iterator[list[Client]]:
-    """Clients at work for the length of a with block; then everything that they were told must be true."""
-    clients = [Client(server.url) for _ in range(THREADS)]
-    ended = threading.Event()
-    with ThreadPoolExecutor(THREADS) as threads:
-        lives = [threads.submit(client.live, ended) for client in clients]
-        try:
-            wait_for_successes(clients)
-            yield clients
-            wait_for_successes(clients)
-        finally:
-            ended.set()
-    for client, life in zip(clients, lives, strict=True):
-        life.result()
-        columns = ("title", "description", "is_completed")
-        rows = postgres.run(
-            "SELECT title, description, is_completed FROM taskapi.tasks WHERE user_id = %s", client.user
-        )
-        client.check([dict(zip(columns, row, strict=True)) for row in rows])
-        assert client.slowest < BOUND
-
-
-def wait_for_successes(clients: list[Client]) -> None:
-    for client in clients:
-        client.successes = 0
-    wait_until(lambda: all(client.successes > 20 for client in clients), "all clients are served")
 
 
 def restart(postgres: Postgres) -> None:
@@ -354,539 +169,462 @@ def restart(postgres: Postgres) -> None:
     postgres.start()
 
 
-def crash(postgres: Postgres) -> None:
-    postgres.crash()
-    postgres.start()
+# Every fault against every kind of request
+
+REQUESTS: dict[str, tuple[str, str, Any]] = {
+    "get": ("GET", "/{}", None),
+    "list": ("GET", "", None),
+    "create": ("POST", "", {"title": "new", "description": PRIVATE}),
+    "update": ("PUT", "/{}", {"title": "new"}),
+    "toggle": ("PATCH", "/{}/complete", None),
+    "delete": ("DELETE", "/{}", None),
+}
+READS = ("get", "list")
+
+UNCHANGED = [("old", False, False)]
+DONE_ONCE = {
+    "create": [("new", False, False), ("old", False, False)],
+    "update": [("new", False, True)],
+    "toggle": [("old", True, True)],
+    "delete": [],
+}
+"""Title, state, and whether it was ever changed, of each task of the user."""
 
 
-def crash_of_a_backend(postgres: Postgres) -> None:
-    """PostgreSQL ends all others then, for they share memory with it, and starts again by itself."""
-    everyone = postgres.backends()
-    os.kill(everyone[0], signal.SIGKILL)
-    wait_until(lambda: not postgres.processes.intersection(everyone), "all backends have ended")
+class Subject:
+    """A user who sends one kind of request, and the task that it is about."""
+
+    def __init__(self, server: Server, postgres: Postgres, kind: str) -> None:
+        self.server, self.postgres, self.kind = server, postgres, kind
+        self.user = f"{kind}-{secrets.token_hex(6)}"
+        self.task = create(server, "old", self.user).json["id"]
+
+    def send(self) -> Answer:
+        method, path, body = REQUESTS[self.kind]
+        return self.server.ask(method, f"/api/{self.user}/tasks{path.format(self.task)}", body, mint(self.user))
+
+    def send_timed(self) -> tuple[Answer, float]:
+        start = time.monotonic()
+        return self.send(), time.monotonic() - start
+
+    def rows(self) -> list[tuple[Any, ...]]:
+        command: LiteralString = """
+            SELECT title, is_completed, updated_at > created_at FROM taskapi.tasks WHERE user_id = %s ORDER BY title
+        """
+        return self.postgres.run(command, self.user)
+
+    def wait_until_done(self) -> None:
+        wait_until(lambda: self.rows() == DONE_ONCE.get(self.kind, UNCHANGED), f"{self.kind} is done, once")
+
+    def assert_success(self, answer: Answer) -> None:
+        assert answer.status == (201 if self.kind == "create" else 200), answer
+        assert self.rows() == DONE_ONCE.get(self.kind, UNCHANGED)
 
 
-def outage(postgres: Postgres) -> None:
-    with postgres.stopped():
-        time.sleep(POOL_TIMEOUT + 0.5)  # the fault is its length
+@dataclass(frozen=True)
+class Fault:
+    """What happens to the database; the detail of the 503 that reads and changes then get, or None for success, after
+    how many seconds; and what the log says."""
+
+    begin: Callable[[Postgres], AbstractContextManager[None]]
+    read: str | None
+    change: str | None
+    seconds: float
+    reason: str
+    is_ready: bool = True
+    may_happen: bool = False
+    """Whether changes happen when the fault is over."""
 
 
-@pytest.mark.parametrize("fault", [restart, crash, crash_of_a_backend, outage, Postgres.terminate])
-def test_in_mid_traffic_nothing_is_lost_doubled_or_half_done(
-    server: Server, postgres: Postgres, fault: Callable[[Postgres], None]
-) -> None:
-    before = postgres.backends()
-    with traffic(server, postgres) as clients:
-        fault(postgres)
-        back = time.monotonic()
-    assert not set(before) & set(postgres.backends())
-    assert all(client.last_failure < back + RECOVERY for client in clients)
-
-
-def test_a_restart_that_nobody_asked_anything_in_costs_not_even_a_change(server: Server, postgres: Postgres) -> None:
-    restart(postgres)
-    assert [answer.status for answer in together(THREADS, lambda: create(server))] == [201] * THREADS
-
-
-def test_idle_connections_that_died_cost_not_even_a_change(server: Server, postgres: Postgres) -> None:
-    for _ in range(5):
-        postgres.terminate()
-        assert [answer.status for answer in together(THREADS, lambda: create(server))] == [201] * THREADS
-
-
-# Killed between statement and answer
+@contextmanager
+def changed(postgres: Postgres, begin: LiteralString, end: LiteralString) -> Iterator[None]:
+    """Runs one command before the with block and one after it."""
+    postgres.run(begin)
+    try:
+        yield
+    finally:
+        postgres.run(end)
 
 
 @contextmanager
 def locked(postgres: Postgres) -> Iterator[None]:
-    """For the length of a with block nobody else gets at the tasks, not even to read."""
+    """Locks the table of tasks for the length of a with block."""
     with psycopg.connect(postgres.url, application_name="test") as conn:
-        conn.execute("LOCK TABLE taskapi.tasks IN ACCESS EXCLUSIVE MODE")
+        conn.execute("LOCK TABLE taskapi.tasks")
         yield
 
 
-def test_a_read_whose_backend_ends_is_tried_once_more(server: Server, postgres: Postgres) -> None:
-    with ThreadPoolExecutor(THREADS) as threads:
-        with locked(postgres):
-            reads = [threads.submit(read, server) for _ in range(THREADS)]
-            postgres.terminate(*postgres.wait_for_backends("relation", THREADS))
-        assert all(found(one.result()) for one in reads)
+SLOW_POLICY: LiteralString = """
+    CREATE POLICY slow ON taskapi.tasks AS RESTRICTIVE USING ((SELECT true FROM pg_sleep(60)))
+"""
+FAULTS = {
+    "down": Fault(Postgres.stopped, UNREACHABLE, UNREACHABLE, POOL_TIMEOUT, "couldn.t get a conn", is_ready=False),
+    "frozen": Fault(
+        Postgres.frozen, UNREACHABLE, OUTCOME_UNKNOWN, HASTY["STATEMENT_DEADLINE"], "did not answer in time",
+        is_ready=False, may_happen=True,
+    ),
+    "read-only": Fault(
+        partial(Postgres.setting, name="default_transaction_read_only", value="on"), None, DETAILS["25006"],
+        0, "in a read-only transaction",
+    ),
+    "locked": Fault(locked, DETAILS["55P03"], DETAILS["55P03"], 1, "lock timeout"),
+    "slow": Fault(
+        partial(changed, begin=SLOW_POLICY, end="DROP POLICY slow ON taskapi.tasks"), DETAILS["57"], DETAILS["57"],
+        3, "statement timeout",
+    ),
+}  # fmt: skip
 
 
-def test_a_read_whose_backend_ends_twice_is_unavailable(server: Server, postgres: Postgres) -> None:
-    with ThreadPoolExecutor(1) as threads, locked(postgres):
-        answer = threads.submit(read, server)
-        for _ in range(2):
-            postgres.terminate(*postgres.wait_for_backends("relation"))
-        assert_unavailable(answer.result(), UNREACHABLE)
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_change_whose_backend_ends_before_it_happened_may_have_happened(
-    server: Server, postgres: Postgres, number: signal.Signals
-) -> None:
-    with ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(create, server, f"sleep 2 {number}")
-        [pid] = postgres.wait_for_backends("PgSleep")
-        everyone = postgres.backends()
-        os.kill(pid, number)
-        assert_unavailable(answer.result(), UNKNOWN)
-    gone = everyone if number == signal.SIGKILL else [pid]  # see crash_of_a_backend
-    wait_until(lambda: not postgres.processes.intersection(gone), "who ends has ended")
-    with within(RECOVERY):
-        wait_until(lambda: found(read(server)), "a crash is recovered from")
-    assert count(postgres, f"sleep 2 {number}") == 0
-
-
-def test_a_change_whose_backend_ends_after_it_happened_may_have_happened(server: Server, postgres: Postgres) -> None:
-    """Committed, and waiting for a standby to have it, too."""
-    title = f"committed {secrets.token_hex(6)}"
-    with postgres.setting("synchronous_standby_names", "nobody"), ThreadPoolExecutor(1) as threads:
-        answer = threads.submit(create, server, title)
-        postgres.terminate(*postgres.wait_for_backends("SyncRep"))
-        assert_unavailable(answer.result(), UNKNOWN)
-    assert count(postgres, title) == 1
-
-
-# Frozen
-
-
-def test_a_frozen_backend_costs_one_read_and_no_other_request_waits(server: Server, postgres: Postgres) -> None:
-    def timed() -> tuple[Answer, float]:
-        start = time.monotonic()
-        return read(server), time.monotonic() - start
-
-    with postgres.frozen(postgres.backends()[0]), ThreadPoolExecutor(THREADS) as threads:
-        answers = [one.result() for one in [threads.submit(timed) for _ in range(50)]]
-    (slow,) = [(answer, took) for answer, took in answers if not found(answer)]
-    assert_unavailable(slow[0], UNREACHABLE)
-    assert DEADLINE <= slow[1] < DEADLINE + SLACK
-    assert all(took < SLACK for answer, took in answers if found(answer))
-
-
-def test_while_all_of_postgresql_is_frozen_everybody_is_answered_in_time(server: Server, postgres: Postgres) -> None:
-    """And a change that may have happened may yet happen."""
-    title = f"frozen {secrets.token_hex(6)}"
-    with postgres.frozen():
-        with within(DEADLINE + SLACK, at_least=DEADLINE):
-            for answer in together(2, lambda: create(server, title)):
-                assert_unavailable(answer, UNKNOWN)
-        with within(POOL_TIMEOUT + SLACK):  # though idle connections are left, which are just as frozen
-            for answer in together(THREADS, lambda: create(server, "never sent")):
-                assert_unavailable(answer, UNREACHABLE)
-        for _ in range(3):
+@pytest.mark.parametrize(
+    ("process", "name"),
+    [("waitress", "read-only"), ("waitress", "locked")]
+    + [pytest.param("waitress", name, marks=pytest.mark.slow) for name in ("down", "slow")]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in (("granian", "down"), ("hasty", "frozen"))],
+    indirect=["process"],
+    scope="module",
+)
+def test_fault_is_answered_in_time_and_leaves_nothing_half_done(server: Server, postgres: Postgres, name: str) -> None:
+    fault = FAULTS[name]
+    subjects = [Subject(server, postgres, kind) for kind in REQUESTS]
+    logged = len(server.stderr)
+    with fault.begin(postgres), ThreadPoolExecutor(len(subjects)) as threads:
+        sent = [threads.submit(subject.send_timed) for subject in subjects]
+        with within(SLACK):
+            assert server.ask("GET", "/livez").status == 200
+            assert server.ask("GET", "/api/ann/tasks", token="none").status == 401
+        answers = [one.result() for one in sent]
+        assert (server.ask("GET", "/readyz").status == 200) == fault.is_ready
+        for subject in subjects * 3 * (not fault.is_ready):  # later requests do not wait
             with within(SLACK):
-                assert_unavailable(read(server), UNREACHABLE)
-        assert_refusals_are_quick(server)
+                assert_unavailable(subject.send(), fault.read)
+    for subject, (answer, took) in zip(subjects, answers, strict=True):
+        if detail := fault.read if subject.kind in READS else fault.change:
+            assert_unavailable(answer, detail)
+            assert fault.seconds <= took < fault.seconds + SLACK
+        else:
+            subject.assert_success(answer)
+        if fault.may_happen:
+            subject.wait_until_done()
+        elif detail:
+            assert subject.rows() == UNCHANGED
+    assert re.search(f'"database unavailable: [^"]*{fault.reason}', server.stderr[logged:])
     with within(RECOVERY):
-        wait_until(lambda: create(server).status == 201, "a change is taken")
-    wait_until(lambda: count(postgres, title) == 2, "what was sent is done, once")
-    assert count(postgres, "never sent") == 0
+        wait_until(lambda: create(server).status == 201, "a change is accepted")
+    assert server.ask("GET", "/readyz").status == 200
+    for subject in [Subject(server, postgres, kind) for kind in REQUESTS]:
+        subject.assert_success(subject.send())
 
 
-def test_a_request_of_several_statements_takes_no_longer_than_one_of_one(server: Server, postgres: Postgres) -> None:
-    """The first is answered late, and the second never."""
-    sent = request("GET", TASKS, 'If-None-Match: "0"', token=TOKEN)
-    with locked(postgres), Wire(server.url) as wire, within(BOUND):
+# Lost connections
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@both_servers
+def test_lost_connection_before_a_change_is_unknown_and_a_read_is_retried_once(
+    server: Server, postgres: Postgres, times: int
+) -> None:
+    subjects = [Subject(server, postgres, kind) for kind in REQUESTS]
+    with ThreadPoolExecutor(len(subjects)) as threads:
+        with locked(postgres):
+            answers = [threads.submit(subject.send) for subject in subjects]
+            postgres.terminate(*postgres.wait_for_backends("relation", len(subjects)))
+            again = postgres.wait_for_backends("relation", len(READS))
+            assert len(again) == len(READS)
+            if times == 2:
+                postgres.terminate(*again)
+        for subject, answer in zip(subjects, answers, strict=True):
+            if subject.kind not in READS:
+                assert_unavailable(answer.result(), OUTCOME_UNKNOWN)
+            elif times == 2:
+                assert_unavailable(answer.result(), UNREACHABLE)
+            else:
+                subject.assert_success(answer.result())
+            assert subject.rows() == UNCHANGED
+
+
+@both_servers
+def test_lost_connection_after_a_change_is_unknown_and_the_change_is_done_once(
+    server: Server, postgres: Postgres
+) -> None:
+    """The backends end after the commit, while they wait for a standby to confirm it."""
+    subjects = [Subject(server, postgres, kind) for kind in DONE_ONCE]
+    with ThreadPoolExecutor(len(subjects)) as threads:
+        with postgres.setting("synchronous_standby_names", "missing"):
+            answers = [threads.submit(subject.send) for subject in subjects]
+            postgres.terminate(*postgres.wait_for_backends("SyncRep", len(subjects)))
+        for subject, answer in zip(subjects, answers, strict=True):
+            assert_unavailable(answer.result(), OUTCOME_UNKNOWN)
+            assert subject.rows() == DONE_ONCE[subject.kind]
+
+
+@pytest.mark.parametrize("fault", [restart, Postgres.terminate])
+def test_idle_connections_that_were_lost_cost_no_request(
+    server: Server, postgres: Postgres, fault: Callable[[Postgres], None]
+) -> None:
+    for _ in range(3):
+        fault(postgres)
+        assert [answer.status for answer in create_at_once(server)] == [201] * POOL
+
+
+# Under traffic
+
+
+@contextmanager
+def traffic(server: Server) -> Iterator[list[Client]]:
+    """Clients that work for the length of a with block; then all that they were told must be true. (test_soak.py has
+    more of them, while PostgreSQL is restarted and killed.)"""
+    clients = [Client(server.url, f"client-{secrets.token_hex(6)}") for _ in range(POOL)]
+    stop = threading.Event()
+    with ThreadPoolExecutor(POOL) as threads:
+        running = [threads.submit(client.run, stop) for client in clients]
+        try:
+            wait_for_successes(clients, running)
+            yield clients
+            wait_for_successes(clients, running)
+        finally:
+            stop.set()
+    for client in clients:
+        client.audit(server.ask("GET", client.path, token=client.token).json)
+        assert max(one.end - one.start for one in client.exchanges) < BOUND
+
+
+def wait_for_successes(clients: list[Client], running: list[Future[None]]) -> None:
+    for client in clients:
+        client.successes = 0
+
+    def is_served() -> bool:
+        for one in running:
+            if one.done():
+                one.result()
+        return all(client.successes > 20 for client in clients)
+
+    wait_until(is_served, "all clients are served")
+
+
+@pytest.mark.slow
+def test_server_starts_and_stops_without_its_database(server: Server, postgres: Postgres, serve: Serve) -> None:
+    with serve(postgres.login) as connected, ThreadPoolExecutor(1) as threads:
+        wait_until(lambda: is_whole(connected), "its pool has grown")
+        with postgres.frozen(), within(BOUND):
+            stopped = threads.submit(connected.stop)
+            with serve(postgres.login) as unused, within(1 + SLACK):
+                assert unused.stop() == 0
+            assert stopped.result() == 0
+    with ExitStack() as stack:
+        with postgres.stopped():
+            late = stack.enter_context(serve(postgres.login))
+            with within(POOL_TIMEOUT + SLACK, at_least=POOL_TIMEOUT):
+                assert_unavailable(create(late), UNREACHABLE)
+            time.sleep(0.5)  # until its pool has stopped to wait for a connection
+        with within(RECOVERY):
+            wait_until(postgres.backends, "the database is found without a request")
+            wait_until(lambda: create(late).status == 201, "a change is accepted")
+        assert late.stop() == 0
+
+
+@pytest.mark.slow
+@hasty_server
+def test_frozen_backend_costs_one_read_and_delays_no_other_request(server: Server, postgres: Postgres) -> None:
+    subjects = [Subject(server, postgres, "get") for _ in range(50)]
+    with postgres.frozen(postgres.backends()[0]), ThreadPoolExecutor(POOL) as threads:
+        answers = list(threads.map(Subject.send_timed, subjects))
+    [(answer, took)] = [(answer, took) for answer, took in answers if answer.status != 200]
+    assert_unavailable(answer, UNREACHABLE)
+    assert HASTY["STATEMENT_DEADLINE"] <= took < HASTY["STATEMENT_DEADLINE"] + SLACK
+    assert all(took < SLACK for answer, took in answers if answer.status == 200)
+
+
+@pytest.mark.slow
+@hasty_server
+def test_request_of_several_statements_has_the_same_deadline(server: Server, postgres: Postgres) -> None:
+    """The first statement is answered late, the second never."""
+    sent = request("GET", "/api/ann/tasks", 'If-None-Match: "0"', token=server.token)
+    with locked(postgres), Wire(server.url) as wire, within(sum(HASTY.values()) + SLACK):
         with postgres.frozen():
             wire.send(sent)
-            time.sleep(DEADLINE - 0.5)
+            time.sleep(HASTY["STATEMENT_DEADLINE"] - 0.5)
         postgres.wait_for_backends("relation")
         with postgres.frozen():
             assert_unavailable(wire.answer(), UNREACHABLE)
 
 
-def test_a_crowd_that_waits_for_a_frozen_database_does_not_hold_up_refusals(server: Server, postgres: Postgres) -> None:
-    """As many as come together before the first has waited in vain."""
-    with postgres.frozen(), ThreadPoolExecutor(200) as threads:
-        waiting = [threads.submit(read, server) for _ in range(200)]
-        with within(SLACK):
-            for _ in range(3):
-                assert server.ask("GET", TASKS, token="no.good.one").status == 401
-                assert server.ask("GET", "/livez").status == 200
-        assert not any(one.done() for one in waiting)
-        with within(BOUND):
-            for one in waiting:
-                assert_unavailable(one.result(), UNREACHABLE)
-
-
-def test_while_readiness_is_looked_into_the_process_says_that_it_lives(server: Server, postgres: Postgres) -> None:
-    with ThreadPoolExecutor(2) as threads:
-        with postgres.frozen():
-            ready = threads.submit(server.ask, "GET", "/readyz")
-            with contextlib.suppress(TimeoutError):
-                ready.result(0.2)
-            alive = threads.submit(server.ask, "GET", "/livez").result(SLACK)
-        assert alive.status == ready.result().status == 200
-
-
-def test_a_server_ends_when_it_is_told_though_postgresql_is_frozen(
-    server: Server, postgres: Postgres, checkout_to_serve: Path
-) -> None:
-    with serving_from(postgres.login, checkout_to_serve) as another:
-        wait_until(lambda: is_whole(another), "it serves")
-        with postgres.frozen(), within(BOUND):
-            assert another.stop() == 0
-
-
-def test_a_server_starts_though_postgresql_is_frozen(
-    server: Server, postgres: Postgres, checkout_to_serve: Path
-) -> None:
-    with postgres.frozen(), serving_from(postgres.login, checkout_to_serve) as another:
-        with within(BOUND):
-            assert_unavailable(read(another), UNREACHABLE)
-        with within(BOUND):
-            assert another.stop() == 0
-
-
-# In the way
-
-
-def test_a_lock_that_somebody_holds_is_waited_for_a_second(server: Server, postgres: Postgres) -> None:
-    task = f"{TASKS}/{create(server).json['id']}"
-    requests: list[tuple[str, str, Any]] = [
-        ("GET", task, None), ("GET", TASKS, None), ("POST", TASKS, {"title": "locked"}), ("DELETE", task, None),
-    ]  # fmt: skip
-    with locked(postgres), ThreadPoolExecutor(len(requests)) as threads, within(1 + SLACK, at_least=1):
-        for answer in threads.map(lambda one: server.ask(*one), requests):
-            assert_unavailable(answer, FAULTS["55P03"])
-    assert server.ask("DELETE", task).status == 200
-    assert count(postgres, "locked") == 0
-
-
-def test_a_row_that_somebody_changes_is_waited_for_a_second(server: Server, postgres: Postgres) -> None:
-    task = f"{TASKS}/{create(server).json['id']}"
-    with psycopg.connect(postgres.url) as conn:
-        conn.execute("SELECT FROM taskapi.tasks WHERE id = %s FOR UPDATE", [int(task.rpartition("/")[2])])
-        assert server.ask("GET", task).status == 200
-        with within(1 + SLACK, at_least=1):
-            assert_unavailable(server.ask("PATCH", f"{task}/complete"), FAULTS["55P03"])
-    assert server.ask("PATCH", f"{task}/complete").json["is_completed"]
-
-
-def test_a_statement_that_takes_too_long_is_ended(server: Server, postgres: Postgres) -> None:
-    with within(3 + SLACK, at_least=3):
-        assert_unavailable(create(server, "sleep 60"), FAULTS["57"])
-    assert postgres.backends("PgSleep") == []
-    assert count(postgres, "sleep 60") == 0
-
-
-def test_a_change_that_met_another_in_stricter_isolation_is_told_that_nothing_was_changed(
-    server: Server, postgres: Postgres
-) -> None:
-    """A real serialization failure, where an estate has set default_transaction_isolation."""
-    task = f"{TASKS}/{create(server).json['id']}"
-    with postgres.setting("default_transaction_isolation", "repeatable read"), ThreadPoolExecutor(1) as threads:
-        with psycopg.connect(postgres.url) as conn:
-            conn.execute("UPDATE taskapi.tasks SET title = 'met' WHERE id = %s", [int(task.rpartition("/")[2])])
-            answer = threads.submit(server.ask, "PATCH", f"{task}/complete")
-            postgres.wait_for_backends("transactionid")
-        assert_unavailable(answer.result(), FAULTS["40001"])
-    assert not server.ask("GET", task).json["is_completed"]
-
-
-def test_a_database_that_takes_no_changes_can_be_read(server: Server, postgres: Postgres) -> None:
-    task = f"{TASKS}/{create(server).json['id']}"
-    with postgres.setting("default_transaction_read_only", "on"):
-        assert server.ask("GET", task).status == server.ask("GET", TASKS).status == 200
-        assert_unavailable(create(server, "read only"), FAULTS["25006"])
-        assert_unavailable(server.ask("PATCH", f"{task}/complete"), FAULTS["25006"])
-        assert_unavailable(server.ask("DELETE", task), FAULTS["25006"])
-        assert server.ask("GET", "/readyz").status == 200
-    assert server.ask("DELETE", task).status == 200
-    assert count(postgres, "read only") == 0
-
-
-# Full
-
-
-def test_a_pool_that_cannot_grow_lets_requests_wait_for_each_other(server: Server, postgres: Postgres) -> None:
-    """And no longer than POOL_TIMEOUT."""
-    with one_connection(postgres), ThreadPoolExecutor(THREADS) as threads:
-        assert [answer.status for answer in together(THREADS, lambda: create(server, "sleep 0.2"))] == [201] * THREADS
-        slow = threads.submit(create, server, "sleep 2.8")
-        postgres.wait_for_backends("PgSleep")
-        with within(POOL_TIMEOUT + SLACK, at_least=POOL_TIMEOUT):
-            for answer in together(THREADS - 1, lambda: create(server, "in vain")):
-                assert_unavailable(answer, UNREACHABLE)
-        assert slow.result().status == 201
-        assert found(read(server))
-    assert count(postgres, "in vain") == 0
-
-
-@contextmanager
-def one_connection(postgres: Postgres) -> Iterator[None]:
-    """For the length of a with block the login may have one connection."""
-    postgres.run("ALTER ROLE app CONNECTION LIMIT 1")
-    postgres.terminate()
-    try:
-        yield
-    finally:
-        postgres.run("ALTER ROLE app CONNECTION LIMIT -1")
-
-
-def test_a_database_with_too_many_connections_is_unavailable_until_there_are_fewer(
-    server: Server, postgres: Postgres
-) -> None:
-    postgres.run("ALTER ROLE app CONNECTION LIMIT 0")
-    postgres.terminate()
-    with within(POOL_TIMEOUT + SLACK):
-        assert_unavailable(create(server), UNREACHABLE)
-    postgres.run("ALTER ROLE app CONNECTION LIMIT -1")
-    with within(RECOVERY):
-        wait_until(lambda: create(server).status == 201, "a change is taken")
-
-
-@pytest.fixture
-def small_disk(postgres: Postgres, tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MB on which the tasks lie."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", disk]).returncode:
-        pytest.skip("only root may mount a file system")
-    try:
-        owner = Path("/proc", str(min(postgres.processes))).stat()
-        os.chown(disk, owner.st_uid, owner.st_gid)
-        postgres.run(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(sql.Literal(str(disk))))
-        postgres.run("ALTER TABLE taskapi.tasks SET TABLESPACE small")
-        yield disk
-        postgres.run("ALTER TABLE taskapi.tasks SET TABLESPACE pg_default")
-        postgres.run("DROP TABLESPACE small")
-    finally:
-        subprocess.run(["umount", disk], check=True)
-
-
-def test_a_full_disk_takes_no_new_task_and_can_be_read(server: Server, postgres: Postgres, small_disk: Path) -> None:
-    task = {"title": "large", "description": "".join(secrets.token_hex(5_000))}
-    junk = small_disk / "junk"
-    with contextlib.suppress(OSError), junk.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    made = 0
-    while (answer := server.ask("POST", TASKS, task)).status == 201:
-        made += 1
-        assert made < 500
-    assert_unavailable(answer, FAULTS["53"])
-    assert server.ask("GET", TASKS).status == 200
-    assert count(postgres, "large") == made
-    junk.unlink()
-    assert server.ask("POST", TASKS, task).status == 201
-
-
-# Not as it should be
-
-
-def test_a_schema_that_is_moved_away_is_missed_until_it_is_back(server: Server, postgres: Postgres) -> None:
-    for _ in range(10):  # every connection has its statements prepared
-        assert create(server).status == 201
-    postgres.run("ALTER SCHEMA taskapi RENAME TO elsewhere")
-    for _ in range(6):
-        assert_unavailable(create(server), NOT_READY)
-        assert_unavailable(read(server), NOT_READY)
-        assert server.ask("GET", "/readyz").status == 503
-    postgres.run("ALTER SCHEMA elsewhere RENAME TO taskapi")
-    for _ in range(6):
-        assert create(server).status == 201
-        assert server.ask("GET", "/readyz").status == 200
-
-
-def test_a_schema_that_is_dropped_is_missed_until_it_is_made_again(server: Server, postgres: Postgres) -> None:
-    postgres.run("DROP SCHEMA taskapi CASCADE; DROP FUNCTION public.fault")
-    for _ in range(6):
-        assert_unavailable(create(server), NOT_READY)
-    assert '"reason": "the schema lacks 0001_tasks' in log_of(server)
-    postgres.migrate()
-    postgres.run(FAULTY)
-    for _ in range(6):
-        assert create(server).status == 201
-
-
-def test_a_table_that_grows_a_column_is_told_at_once(server: Server, postgres: Postgres) -> None:
-    """What an estate's own migration does to prepared statements."""
-    for _ in range(10):
-        assert create(server).status == 201
-    postgres.run("ALTER TABLE taskapi.tasks ADD COLUMN extra integer")
-    assert ["extra" in create(server).json for _ in range(10)] == [True] * 10
-    postgres.run("ALTER TABLE taskapi.tasks DROP COLUMN extra")
-    assert ["extra" in create(server).json for _ in range(10)] == [False] * 10
-
-
-def test_a_login_that_loses_its_role_is_missed_until_it_has_it_again(server: Server, postgres: Postgres) -> None:
-    postgres.run("REVOKE taskapi_user FROM app")
-    for _ in range(6):
-        assert_unavailable(create(server), NOT_READY)
-        assert_unavailable(read(server), NOT_READY)
-    assert "GRANT taskapi_user TO" in log_of(server)
-    postgres.run("GRANT taskapi_user TO app")
-    for _ in range(6):
-        assert create(server).status == 201
-
-
-EXAMPLES = {
-    "40001": ("40001",),
-    "40P01": ("40P01",),
-    "53": ("53100", "53200", "53300"),
-    "57": ("57014", "57P01", "57P03"),
-    "58": ("58000", "58030"),
-}
-"""Errors of each class that stands in the table as a whole."""
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_what_postgresql_refuses_is_said_as_the_table_has_it(process: Server, postgres: Postgres, fault: str) -> None:
-    for state in EXAMPLES.get(fault, (fault,)):
-        for _ in range(2):
-            assert_unavailable(create(process, f"raise {state}"), FAULTS[fault])
-        assert count(postgres, f"raise {state}") == 0
-    assert create(process).status == 201
-
-
-def assert_defect(server: Server, answer: Answer, told: str) -> None:
-    """The log tells all but rows; the client hears where to look, and no more."""
-    assert_problem(answer, 500, request_id=answer.headers["x-request-id"])
-    assert not re.search("fault|row|commit", answer.body.decode())
-    lines = [line for line in log_of(server).splitlines() if answer.json["request_id"] in line]
-    (line,) = [line for line in lines if '"defect"' in line]
-    assert told in line
-    assert PRIVATE not in "".join(lines)
-
-
-@pytest.mark.parametrize("state", ["P0001", "XX000", "23505", "22P02", "0A000", "99999"])
-def test_any_other_error_is_a_defect_and_no_row_reaches_client_or_log(
-    process: Server, postgres: Postgres, state: str
-) -> None:
-    assert_defect(process, create(process, f"raise {state}"), state)
-    assert count(postgres, f"raise {state}") == 0
-
-
-def test_what_postgresql_refuses_only_at_the_commit_is_refused_all_the_same(
-    process: Server, postgres: Postgres
-) -> None:
-    """As with serializable isolation, or constraints that an estate has deferred."""
-    for state in ("40001", "25006", "53100", "P0001"):
-        answer = create(process, f"commit {state}")
-        if detail := FAULTS.get(state, FAULTS.get(state[:2])):
-            assert_unavailable(answer, detail)
-        else:
-            assert_defect(process, answer, state)
-        assert count(postgres, f"commit {state}") == 0
-
-
-def test_a_constraint_that_an_estate_has_added_shows_no_row(server: Server, postgres: Postgres) -> None:
-    postgres.run("ALTER TABLE taskapi.tasks ADD CONSTRAINT theirs CHECK (title <> 'refused') NOT VALID")
-    answer = create(server, "refused")
-    postgres.run("ALTER TABLE taskapi.tasks DROP CONSTRAINT theirs")
-    assert_defect(server, answer, "23514")
-
-
-# A standby
-
-
-def test_a_standby_is_read_and_takes_changes_once_it_is_promoted(
-    postgres: Postgres, checkout_to_serve: Path, tmp_path: Path
-) -> None:
-    with postgres.standby(tmp_path / "standby") as standby, serving_from(standby.login, checkout_to_serve) as another:
-        assert another.ask("GET", TASKS).status == another.ask("GET", "/readyz").status == 200
-        assert_unavailable(create(another, "too early"), FAULTS["25006"])
-        standby.promote()
-        with within(RECOVERY):
-            wait_until(lambda: create(another).status == 201, "a change is taken")
-        wait_until(lambda: is_whole(another), "the pool has grown")
-
-
-def test_a_failover_in_mid_traffic_loses_nothing(
-    server: Server, postgres: Postgres, checkout_to_serve: Path, tmp_path: Path
-) -> None:
-    with (
-        postgres.standby(tmp_path / "standby") as standby,
-        postgres.setting("synchronous_standby_names", "*"),
-        ExitStack() as stack,
-    ):
-        hosts = ",".join(str(conninfo_to_dict(one.url)["host"]) for one in (postgres, standby))
-        url = f"postgresql://app@/postgres?host={hosts}&target_session_attrs=read-write"
-        with serving_from(url, checkout_to_serve) as another:
-            with traffic(another, standby) as clients:
-                postgres.crash()
-                stack.callback(postgres.start)
-                standby.promote()
-                back = time.monotonic()
-            wait_until(lambda: is_whole(another), "the pool has grown")
-        assert all(client.last_failure < back + RECOVERY for client in clients)
-
-
-def test_a_server_that_takes_no_more_changes_is_left_for_one_that_does(
-    postgres: Postgres, checkout_to_serve: Path, tmp_path: Path
-) -> None:
-    """Though nothing has broken the connections to it."""
-    with postgres.standby(tmp_path / "standby") as standby:
-        hosts = ",".join(str(conninfo_to_dict(one.url)["host"]) for one in (postgres, standby))
-        url = f"postgresql://app@/postgres?host={hosts}&target_session_attrs=read-write"
-        with serving_from(url, checkout_to_serve) as another:
-            assert create(another).status == 201
-            standby.promote()
-            with postgres.setting("default_transaction_read_only", "on"), within(RECOVERY):
-                assert_unavailable(create(another, "too late"), FAULTS["25006"])
-                wait_until(lambda: create(another).status == 201, "a change is taken")
-            assert standby.run("SELECT count(*) FROM taskapi.tasks WHERE title = 'too late'") == [(0,)]
-
-
-# A pool that an estate lends
-
-
-def lent(pool: psycopg_pool.ConnectionPool) -> Person:
-    app = Flask("host")
-    taskapi.init_app(app, taskapi.Settings(secrets=(SECRET,)), pool=pool)
-    return Person(app.test_client(), USER)
-
-
-def test_one_persons_slow_requests_keep_nobody_else_out(database_url: str, conn: psycopg.Connection) -> None:
-    app = taskapi.create_app(taskapi.Settings(database_url=database_url, secrets=(SECRET,)))
-    names = [f"{name}-{secrets.token_hex(6)}" for name in ("ann", "bob")]
-    (_, task), (bob, _) = [(one, one.create()) for one in (Person(app.test_client(), name) for name in names)]
-    people = [Person(app.test_client(), names[0]) for _ in range(24)]
-    with conn.transaction(), ThreadPoolExecutor(len(people)) as threads:
-        conn.execute("SELECT FROM taskapi.users WHERE id = %s FOR UPDATE", names[:1])
-        slow = [threads.submit(ann.request, "PATCH", f"/{task['id']}/complete") for ann in people]
-        time.sleep(0.3)  # until they have what they can get
-        started = time.monotonic()
-        assert len(bob.list()) == 1
-        assert time.monotonic() - started < 0.5
-    details = {assert_problem_in_process(answer.result(), 503)["detail"] for answer in slow}
-    assert details == {FAULTS["55P03"], UNREACHABLE}
-    assert people[0].request("PATCH", f"/{task['id']}/complete").status_code == 200
-    database(app).close()
-
-
-def test_a_lent_pool_that_turns_requests_away_is_unavailable(postgres: Postgres) -> None:
-    with psycopg_pool.ConnectionPool(postgres.login, min_size=1, max_size=1, max_waiting=1, open=True) as pool:
-        people = [lent(pool) for _ in range(4)]  # one alone waits for their turn before the pool is asked
-        with ThreadPoolExecutor(4) as threads:
-            with pool.connection():
-                requests = [threads.submit(one.request, "GET") for one in people]
-                refused = [done.result() for done in itertools.islice(as_completed(requests, POOL_TIMEOUT / 2), 3)]
-            served = [one.result() for one in requests if one.result() not in refused]
-        assert [answer.status_code for answer in served] == [200]
-        for answer in refused:
-            assert_problem_in_process(answer, 503, detail=UNREACHABLE)
-            assert answer.headers["Retry-After"] == "1"
-
-
-def test_a_lent_pool_that_is_closed_is_unavailable(postgres: Postgres) -> None:
-    with psycopg_pool.ConnectionPool(postgres.login, min_size=1, max_size=1, open=True) as pool:
-        ann = lent(pool)
-        assert ann.request("GET").status_code == 200
-    assert_problem_in_process(ann.request("GET"), 503, detail=UNREACHABLE)
-
-
-def test_a_connection_that_is_not_made_in_time_is_not_kept(postgres: Postgres) -> None:
-    """psycopg leaves it to the garbage collector, who may come late."""
+@pytest.mark.slow
+def test_connection_that_is_not_made_in_time_is_closed_at_once(postgres: Postgres) -> None:
+    """psycopg would leave it to the garbage collector."""
     folder = Path("/proc/self/fd")
     gc.disable()
     try:
         with postgres.frozen():
             before = len(list(folder.iterdir()))
             with pytest.raises(psycopg.errors.ConnectionTimeout):
-                _Connection.connect(postgres.login, connect_timeout=2)
+                Connection.connect(postgres.login, connect_timeout=2)
             assert len(list(folder.iterdir())) == before
     finally:
         gc.enable()
+
+
+def test_one_users_waiting_requests_leave_connections_for_others(
+    database_url: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SLOT_TIMEOUT", 0.5)
+    with running_app(database_url) as app, ThreadPoolExecutor(2 * POOL) as threads:
+        ann, bob = [Person(app.test_client(), f"{name}-{secrets.token_hex(6)}") for name in ("ann", "bob")]
+        path = f"/{ann.create()['id']}/complete"
+        clients = [Person(app.test_client(), ann.user) for _ in range(2 * POOL)]
+        with conn.transaction():
+            conn.execute("SELECT FROM taskapi.users WHERE id = %s FOR UPDATE", [ann.user])
+            waiting = [threads.submit(client.request, "PATCH", path) for client in clients]
+            time.sleep(0.3)  # until they have all the connections that they can get
+            with within(0.5):
+                assert bob.list() == []
+            assert {answer.result().status_code for answer in waiting} == {429, 503}
+        assert ann.request("PATCH", path).status_code == 200
+
+
+@pytest.mark.slow
+def test_requests_share_a_pool_that_cannot_grow(server: Server, postgres: Postgres) -> None:
+    begin, end = "ALTER ROLE app CONNECTION LIMIT 1", "ALTER ROLE app CONNECTION LIMIT -1"
+    with changed(postgres, begin, end), ThreadPoolExecutor(1) as threads:
+        postgres.terminate()
+        assert [answer.status for answer in create_at_once(server, "sleep 0.1")] == [201] * POOL
+        longest = threads.submit(create, server, "sleep 2.5")
+        postgres.wait_for_backends("PgSleep")
+        with within(POOL_TIMEOUT + SLACK, at_least=POOL_TIMEOUT):
+            for answer in create_at_once(server, "never sent", POOL - 1):
+                assert_unavailable(answer, UNREACHABLE)
+        assert longest.result().status == 201
+        assert create(server).status == 201
+    assert count(postgres, "never sent") == 0
+
+
+def test_full_disk_allows_reads_and_no_creates(server: Server, postgres: Postgres, tmp_path: Path) -> None:
+    """The table of tasks is on a file system of 2 MB."""
+    if os.getuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", tmp_path]).returncode:
+        pytest.skip("needs root, and a mount of tmpfs")
+    tasks, task = "/api/ann/tasks", {"title": "large", "description": secrets.token_hex(5_000)}
+    with ExitStack() as stack:
+        stack.callback(partial(subprocess.run, ["umount", tmp_path], check=True))
+        owner = Path("/proc", str(min(postgres.processes))).stat()
+        os.chown(tmp_path, owner.st_uid, owner.st_gid)
+        postgres.run(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(sql.Literal(str(tmp_path))))
+        stack.callback(postgres.run, "DROP TABLESPACE small")
+        move: LiteralString = "ALTER TABLE taskapi.tasks SET TABLESPACE "
+        stack.enter_context(changed(postgres, move + "small", move + "pg_default"))
+        filler = tmp_path / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        created = 0
+        while (answer := server.ask("POST", tasks, task)).status == 201:
+            created += 1
+            assert created < 500
+        assert_unavailable(answer, DETAILS["53"])
+        assert server.ask("GET", tasks).status == 200
+        assert count(postgres, "large") == created
+        filler.unlink()
+        assert server.ask("POST", tasks, task).status == 201
+
+
+# Schemas and errors
+
+
+def test_new_column_appears_at_once(server: Server, postgres: Postgres) -> None:
+    """Prepared statements notice a migration of the estate's own."""
+    for _ in range(10):
+        assert create(server).status == 201
+    with changed(postgres, "ALTER TABLE taskapi.tasks ADD extra integer", "ALTER TABLE taskapi.tasks DROP extra"):
+        assert ["extra" in create(server).json for _ in range(10)] == [True] * 10
+    assert ["extra" in create(server).json for _ in range(10)] == [False] * 10
+
+
+STATES = {
+    "raise": [
+        "22023", "25006", "3F000", "40001", "40P01", "42501", "42703", "42P01", "53100", "53200", "53300", "55P03",
+        "57014", "57P01", "57P03", "58000", "58030", "P0001", "XX000", "23505", "23514", "22P02", "0A000", "99999",
+    ],
+    "commit": ["40001", "25006", "53100", "P0001"],
+}  # fmt: skip
+"""SQLSTATEs: those that the table of 503s knows, by whole state or by class, and some that it does not."""
+
+
+@pytest.mark.parametrize(("when", "state"), [(when, state) for when, states in STATES.items() for state in states])
+def test_sqlstate_decides_between_503_and_500(process: Process, postgres: Postgres, when: str, state: str) -> None:
+    server, _ = process
+    answer = create(server, f"{when} {state}")
+    if detail := DETAILS.get(state, DETAILS.get(state[:2])):
+        assert_unavailable(answer, detail)
+    else:
+        request_id = answer.headers["x-request-id"]
+        assert (answer.status, answer.json["request_id"]) == (500, request_id)
+        assert not re.search("a fault|row|commit", answer.body.decode())
+        [line] = [line for line in server.stderr.splitlines() if request_id in line and '"defect"' in line]
+        assert state in line
+        assert PRIVATE not in server.stderr
+    assert count(postgres, f"{when} {state}") == 0
+    assert create(server).status == 201
+
+
+def test_every_sqlstate_of_the_table_is_tested() -> None:
+    assert all(any(state.startswith(key) for state in STATES["raise"]) for key in DETAILS)
+
+
+# Standbys
+
+
+def failover_url(*servers: Postgres) -> str:
+    """A URL that names several hosts and looks for the one that accepts changes."""
+    hosts = ",".join(str(conninfo_to_dict(one.url)["host"]) for one in servers)
+    return f"postgresql://app@/postgres?host={hosts}&target_session_attrs=read-write"
+
+
+@pytest.mark.slow
+def test_failover_under_traffic_loses_nothing(server: Server, postgres: Postgres, serve: Serve, tmp_path: Path) -> None:
+    with (
+        postgres.standby(tmp_path / "standby") as standby,
+        serve(failover_url(postgres, standby)) as both,
+        ExitStack() as stack,
+    ):
+        stack.enter_context(postgres.setting("synchronous_standby_names", "*"))
+        with traffic(both) as clients:
+            postgres.crash()
+            stack.callback(postgres.start)
+            standby.promote()
+            back = time.monotonic()
+        failures = [one.end for client in clients for one in client.exchanges if not one.succeeded]
+        assert max(failures, default=0) < back + RECOVERY
+        assert create(both).status == 201
+        wait_until(lambda: is_whole(both), "the pool has grown")
+
+
+@pytest.mark.slow
+def test_primary_that_becomes_read_only_is_left_for_the_new_one(
+    postgres: Postgres, serve: Serve, tmp_path: Path
+) -> None:
+    """Although no connection to it is lost. The standby's reads are served before."""
+    with (
+        postgres.standby(tmp_path / "standby") as standby,
+        serve(standby.login) as reader,
+        serve(failover_url(postgres, standby)) as both,
+    ):
+        assert create(both).status == 201
+        assert reader.ask("GET", "/api/ann/tasks").status == reader.ask("GET", "/readyz").status == 200
+        standby.promote()
+        with postgres.setting("default_transaction_read_only", "on"), within(RECOVERY):
+            assert_unavailable(create(both, "too late"), DETAILS["25006"])
+            wait_until(lambda: create(both).status == 201, "a change is accepted")
+        assert count(standby, "too late") == 0
+
+
+def test_host_pool_that_refuses_requests_is_unavailable(postgres: Postgres) -> None:
+    with psycopg_pool.ConnectionPool(postgres.login, min_size=1, max_size=1, max_waiting=1, open=True) as pool:
+        app = Flask("host")
+        taskapi.init_app(app, taskapi.Settings(secrets=(SECRET,)), pool=pool)
+        people = [Person(app.test_client(), f"user-{number}") for number in range(4)]
+        with ThreadPoolExecutor(4) as threads:
+            with pool.connection():
+                answers = [threads.submit(one.request, "GET") for one in people]
+                refused = [one.result() for one in itertools.islice(as_completed(answers, POOL_TIMEOUT / 2), 3)]
+            assert sorted(one.result().status_code for one in answers) == [200, 503, 503, 503]
+    for answer in [*refused, people[0].request("GET")]:  # the pool was full; it is closed
+        assert_problem_in_process(answer, 503, detail=UNREACHABLE)
+        assert answer.headers["Retry-After"] == "1"

@@ -1,142 +1,116 @@
-"""Isolation holds twice: by the statements without the policies, and by the policies without the statements."""
+"""Users are kept apart twice: by the statements without the policies, and by the policies without the statements."""
 
+import contextlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from typing import Any
 
 import psycopg
 import pytest
 from flask import Flask
-from flask.testing import FlaskClient
 from psycopg import errors
-from psycopg.conninfo import make_conninfo
-from werkzeug.exceptions import HTTPException
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from taskapi import Settings, create_app
-from taskapi.db import Defect, database, statement
-from tests.people import SECRET, Person, assert_problem
-from tests.test_database import ON_ROWS
+from taskapi import statements
+from taskapi.context import get_api
+from taskapi.db import DatabaseUnavailable, UnexpectedDatabaseError
+from taskapi.migrations import migrate
+from taskapi.statements import load_sql
+from tests.people import Person, assert_problem, running_app
+from tests.plans import ON_ROWS
+
+TABLES = {"tasks": "user_id", "first_answers": "user_id", "users": "id"}
+"""Each table with rows of users, and the column that names the user."""
 
 CONDITION = re.compile(r"(?:\w+\.)?(?:user_id|id) = %\(user_id\)s")
-
-
-def without_one_condition() -> list[tuple[str, str]]:
-    """Every statement as often as it compares with the user, each time with one of the comparisons gone."""
-    texts = {name: statement(name).decode() for name in ON_ROWS}
-    return [
-        (name, text[: match.start()] + "true" + text[match.end() :])
-        for name, text in texts.items()
-        for match in CONDITION.finditer(text)
-    ]
+WITHOUT_ONE_CONDITION = [
+    (name, text[: match.start()] + "true" + text[match.end() :])
+    for name, text in ((name, load_sql(name).decode()) for name in ON_ROWS)
+    for match in CONDITION.finditer(text)
+]
+"""Every statement once for each comparison with the user, without that comparison."""
 
 
 def rows_of(conn: psycopg.Connection, person: Person) -> list[Any]:
-    """What the database holds of a person, seen by its owner."""
-    tasks = conn.execute("SELECT * FROM taskapi.tasks WHERE user_id = %s ORDER BY id", [person.user]).fetchall()
-    tasks += conn.execute("SELECT * FROM taskapi.first_answers WHERE user_id = %s", [person.user]).fetchall()
-    return tasks + conn.execute("SELECT * FROM taskapi.users WHERE id = %s", [person.user]).fetchall()
+    """All rows of a user, as the owner of the database sees them."""
+    commands = [f"SELECT * FROM taskapi.{table} WHERE {column} = %s ORDER BY 1" for table, column in TABLES.items()]
+    return [conn.execute(command.encode(), [person.user]).fetchall() for command in commands]
 
 
-def test_every_statement_but_the_insert_compares_with_the_user() -> None:
-    assert {name for name, _ in without_one_condition()} == set(ON_ROWS)
+def begin_as(conn: psycopg.Connection, user: str) -> None:
+    conn.execute(load_sql("begin_as_user"), {"user_id": user})
 
 
-@pytest.mark.parametrize(("name", "text"), without_one_condition(), ids=[name for name, _ in without_one_condition()])
-def test_the_policies_hold_without_the_statements_conditions(
+@pytest.mark.parametrize(("name", "text"), WITHOUT_ONE_CONDITION, ids=[name for name, _ in WITHOUT_ONE_CONDITION])
+def test_the_policies_hold_without_a_condition_of_a_statement(
     alice: Person, bob: Person, conn: psycopg.Connection, name: str, text: str
 ) -> None:
     mine, theirs = alice.create("mine"), bob.create("theirs")
     assert bob.request("POST", json={"title": "once"}, headers={"Idempotency-Key": "k"}).status_code == 201
-    own = conn.execute("SELECT version, cursor_key FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
+    own = conn.execute("SELECT version FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
     before = rows_of(conn, bob)
     params: dict[str, Any] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
     params |= {"tasks": json.dumps([{"title": "t", "is_completed": True, "priority": "none", "tags": []}])}
-    params |= {"sort": "created_at", "limit": 9}
-    params |= {"key": "k"} if name == "get_first_answer" else {}
+    params |= {"sort": "created_at", "limit": 9, "key": "k" if name == "get_first_answer" else None}
     params |= {"user_id": alice.user, "id": theirs["id"], "changes": json.dumps({"title": "stolen"})}
     with conn.transaction():
-        conn.execute(statement("begin_as_user"), params)
+        begin_as(conn, alice.user)
         row = conn.execute(text.encode(), params).fetchone()
     assert rows_of(conn, bob) == before
-    if name == "list_tasks":
-        assert row
-        assert row[0] == [mine]
-    elif name == "get_user":
-        assert row == own
-    elif name == "delete_tasks":
-        assert row == ([mine], 1)
-    elif name == "export_tasks":
-        assert row
-        assert json.loads(row[0]) == mine
-    elif name == "lock_user":
-        assert row == (alice.user,)
-    elif name == "delete_user":
-        assert row == (1,)
-    elif name != "create_tasks":
-        assert row is None
+    found = row and (json.loads(row[0]) if name == "export_tasks" else row[0])
+    expected = {"list_tasks": [mine], "delete_tasks": [mine], "export_tasks": mine, "get_user": own and own[0]}
+    expected |= {"lock_user": alice.user, "delete_user": 1}
+    assert found == expected.get(name) or name == "create_tasks"
 
 
 @pytest.mark.parametrize("command", ["SELECT * FROM {}", "UPDATE {} SET updated_at = now()", "DELETE FROM {}"])
-def test_a_statement_that_forgets_the_user_altogether_touches_only_their_rows(
+def test_a_statement_without_any_condition_touches_only_own_rows(
     alice: Person, bob: Person, conn: psycopg.Connection, command: str
 ) -> None:
     alice.create()
     bob.create()
     before = rows_of(conn, bob)
-    with conn.transaction(force_rollback=True):
-        conn.execute(statement("begin_as_user"), {"user_id": alice.user})
-        assert conn.execute(command.format("taskapi.tasks").encode()).rowcount == 1
-        conn.execute("RESET role")
-        assert rows_of(conn, bob) == before
+    for table in ("tasks", "users"):  # a deleted user takes rows of other tables along, by a cascade that has no policy
+        with conn.transaction(force_rollback=True):
+            begin_as(conn, alice.user)
+            assert conn.execute(command.format(f"taskapi.{table}").encode()).rowcount == 1
+            conn.execute("RESET role")
+            assert rows_of(conn, bob) == before
+            assert rows_of(conn, alice) == [[], [], []] or (command, table) != ("DELETE FROM {}", "users")
 
 
-def test_a_delete_of_all_people_deletes_one(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
-    """With whatever hangs on the row: PostgreSQL's cascade asks no policy, but starts from what the policy let go."""
-    alice.create()
-    bob.create()
-    before = rows_of(conn, bob)
-    with conn.transaction():
-        conn.execute(statement("begin_as_user"), {"user_id": alice.user})
-        assert conn.execute("DELETE FROM taskapi.users").rowcount == 1
-    assert rows_of(conn, alice) == []
-    assert rows_of(conn, bob) == before
-
-
-@pytest.mark.parametrize("user", ["", "nobody", None])
-def test_without_a_user_there_is_nothing(alice: Person, conn: psycopg.Connection, user: str | None) -> None:
+def test_without_a_user_there_are_no_rows(alice: Person, conn: psycopg.Connection) -> None:
     alice.create()
     with conn.transaction():
-        if user is None:
-            conn.execute("SET LOCAL role taskapi_user")
-        else:
-            conn.execute(statement("begin_as_user"), {"user_id": user})
-        for table in ("tasks", "users"):
-            assert conn.execute(f"SELECT * FROM taskapi.{table}".encode()).fetchall() == []
+        conn.execute("SET LOCAL role taskapi_user")
+        for user in (None, "", "unknown"):
+            if user is not None:
+                begin_as(conn, user)
+            for table in TABLES:
+                assert conn.execute(f"SELECT * FROM taskapi.{table}".encode()).fetchall() == []
 
 
-def test_nobody_writes_in_anothers_name(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("INSERT INTO taskapi.tasks (user_id, title) VALUES ('{}', 't')", "UPDATE taskapi.tasks SET user_id = '{}'"),
+        *("INSERT INTO taskapi.users (id) VALUES ('{}x')", "UPDATE taskapi.users SET id = '{}'"),
+        *("TRUNCATE taskapi.tasks", "DROP TABLE taskapi.tasks", "CREATE TABLE taskapi.t ()"),
+    ],
+)
+def test_a_request_may_not_write_for_others_or_change_the_schema(
+    alice: Person, bob: Person, conn: psycopg.Connection, command: str
+) -> None:
     bob.create()
-    for command in (
-        "INSERT INTO taskapi.tasks (user_id, title) VALUES (%s, 'planted')",
-        "INSERT INTO taskapi.users (id) VALUES (%s || 'x')",
-        "UPDATE taskapi.tasks SET user_id = %s",
-        "UPDATE taskapi.users SET id = %s",
-    ):
-        with pytest.raises(errors.InsufficientPrivilege), conn.transaction():
-            conn.execute(statement("begin_as_user"), {"user_id": alice.user})
-            conn.execute(command.encode(), [bob.user])
-
-
-@pytest.mark.parametrize("command", ["TRUNCATE taskapi.tasks", "DROP TABLE taskapi.tasks", "CREATE TABLE taskapi.t ()"])
-def test_a_request_may_do_nothing_but_its_work(conn: psycopg.Connection, command: str) -> None:
     with pytest.raises(errors.InsufficientPrivilege), conn.transaction():
-        conn.execute(statement("begin_as_user"), {"user_id": "u"})
-        conn.execute(command.encode())
+        begin_as(conn, alice.user)
+        conn.execute(command.format(bob.user).encode())
 
 
-def test_requests_run_as_a_role_that_owns_and_bypasses_nothing(conn: psycopg.Connection) -> None:
+def test_the_role_has_no_rights_of_its_own_and_every_table_forces_its_policy(conn: psycopg.Connection) -> None:
     role = conn.execute("""
         SELECT rolsuper OR rolbypassrls OR rolcreaterole OR rolcreatedb OR rolcanlogin,
                (SELECT count(*) FROM pg_class WHERE relowner = r.oid)
@@ -144,44 +118,31 @@ def test_requests_run_as_a_role_that_owns_and_bypasses_nothing(conn: psycopg.Con
         FROM pg_roles r WHERE rolname = 'taskapi_user'
     """).fetchone()
     assert role == (False, 0)
-
-
-def test_every_table_with_a_persons_data_is_forced_to_ask_its_policy(conn: psycopg.Connection) -> None:
-    found = conn.execute("""
+    tables = conn.execute("""
         SELECT relname, relrowsecurity AND relforcerowsecurity
-        FROM pg_class WHERE relnamespace = 'taskapi'::regnamespace AND relkind IN ('r', 'p') ORDER BY 1
+        FROM pg_class WHERE relnamespace = 'taskapi'::regnamespace AND relkind IN ('r', 'p')
     """).fetchall()
-    assert dict(found) == {"first_answers": True, "migrations": False, "tasks": True, "users": True}
+    assert dict(tables) == {**dict.fromkeys(TABLES, True), "migrations": False}
 
 
-@pytest.fixture
-def unguarded(new_database: Callable[[], str]) -> Iterator[FlaskClient]:
-    """The API on a database whose policies are gone."""
-    app = create_app(Settings(database_url=new_database(), secrets=(SECRET,)))
-    database(app).migrate()
-    with database(app).session() as conn:
-        for table in ("tasks", "users", "first_answers"):
-            conn.execute(f"ALTER TABLE taskapi.{table} DISABLE ROW LEVEL SECURITY".encode())
-    yield app.test_client()
-    database(app).close()
-
-
-def test_the_statements_hold_without_the_policies(unguarded: FlaskClient) -> None:
-    ann, ben = Person(unguarded, "ann"), Person(unguarded, "ben")
-    task = ben.create("ben's")
-    assert ann.list() == []
-    for method, path in (("GET", ""), ("PUT", ""), ("DELETE", ""), ("PATCH", "/complete")):
-        body = {"title": "stolen"} if method == "PUT" else None
-        assert_problem(ann.request(method, f"/{task['id']}{path}", json=body), 404)
-    assert ann.create("ann's")["user_id"] == "ann"
-    assert ben.list() == [task]
-
-
-# Whichever login
+def test_the_statements_hold_without_the_policies(new_database: Callable[..., str]) -> None:
+    assert {name for name, _ in WITHOUT_ONE_CONDITION} == set(ON_ROWS)
+    with running_app(new_database(migrated=True)) as app:
+        with get_api(app).database.connect() as conn:
+            for table in TABLES:
+                conn.execute(f"ALTER TABLE taskapi.{table} DISABLE ROW LEVEL SECURITY".encode())
+        ann, ben = (Person(app.test_client(), user) for user in ("ann", "ben"))
+        task = ben.create("ben's")
+        assert ann.list() == []
+        for method, path in (("GET", ""), ("PUT", ""), ("DELETE", ""), ("PATCH", "/complete")):
+            body = {"title": "stolen"} if method == "PUT" else None
+            assert_problem(ann.request(method, f"/{task['id']}{path}", json=body), 404)
+        assert ann.create("ann's")["user_id"] == "ann"
+        assert ben.list() == [task]
 
 
 def login(url: str, conn: psycopg.Connection, *grants: str) -> str:
-    """A URL for a new login that has nothing but `grants`."""
+    """A URL for a new login that has only `grants`."""
     name, password = f"login_{secrets.token_hex(6)}", secrets.token_hex(16)
     conn.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{password}' NOSUPERUSER".encode())
     for grant in grants:
@@ -189,50 +150,36 @@ def login(url: str, conn: psycopg.Connection, *grants: str) -> str:
     return make_conninfo(url, user=name, password=password)
 
 
-def test_a_login_with_nothing_but_membership_serves(database_url: str, conn: psycopg.Connection) -> None:
-    app = create_app(Settings(database_url=login(database_url, conn, "GRANT taskapi_user"), secrets=(SECRET,)))
-    ann = Person(app.test_client(), f"ann-{secrets.token_hex(6)}")
-    task = ann.create()
-    assert ann.list() == [task]
-    database(app).close()
-
-
-def test_a_login_that_cannot_become_the_role_is_told_what_to_grant(
+def test_a_login_needs_one_grant_and_the_log_names_it(
     database_url: str, conn: psycopg.Connection, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = create_app(Settings(database_url=login(database_url, conn), secrets=(SECRET,)))
-    database(app).check()
-    reasons = " ".join(str(record.__dict__.get("reason")) for record in caplog.records)
-    assert re.search(r'GRANT taskapi_user TO "login_\w+"', reasons)
-    assert_problem(Person(app.test_client(), "ann").request("GET"), 503)
-    database(app).close()
+    with running_app(login(database_url, conn)) as app:
+        ann = Person(app.test_client(), f"ann-{secrets.token_hex(6)}")
+        get_api(app).database.log_problems()
+        assert_problem(ann.request("GET"), 503)
+        [grant, _] = re.findall(r'`(GRANT taskapi_user TO "login_\w+")`', caplog.text)
+        conn.execute(grant.encode())
+        assert [ann.create()] == ann.list()
 
 
-def test_a_login_that_owns_the_schema_is_held_too(
-    new_database: Callable[[], str], conn: psycopg.Connection, server_url: str
-) -> None:
-    """No superuser anywhere: it makes the role's grants with CREATEROLE, owns the tables, and is still kept out."""
+def test_an_ordinary_login_that_owns_the_schema_is_held_by_the_policies(new_database: Callable[..., str]) -> None:
     url = new_database()
-    name = psycopg.conninfo.conninfo_to_dict(url)["dbname"]
     with psycopg.connect(url, autocommit=True) as admin:
+        name = conninfo_to_dict(url)["dbname"]
         owner = login(url, admin, f"GRANT ALL ON DATABASE {name}", "GRANT taskapi_user")
-    app = create_app(Settings(database_url=owner, secrets=(SECRET,)))
-    database(app).migrate()
-    ann, ben = (Person(app.test_client(), user) for user in ("ann", "ben"))
-    task = ben.create()
-    assert ann.list() == []
-    with psycopg.connect(owner, autocommit=True) as connection:
-        assert connection.execute("SELECT * FROM taskapi.tasks").fetchall() == []
-        with connection.transaction():
-            connection.execute(statement("begin_as_user"), {"user_id": "ann"})
-            assert connection.execute("SELECT * FROM taskapi.tasks").fetchall() == []
-    assert ben.list() == [task]
-    database(app).close()
+    with running_app(owner) as app, psycopg.connect(owner, autocommit=True) as conn:
+        migrate(get_api(app).database)
+        ann, ben = (Person(app.test_client(), user) for user in ("ann", "ben"))
+        task = ben.create()
+        assert ann.list() == []
+        assert conn.execute("SELECT * FROM taskapi.tasks").fetchall() == []
+        with conn.transaction():
+            begin_as(conn, "ann")
+            assert conn.execute("SELECT * FROM taskapi.tasks").fetchall() == []
+        assert ben.list() == [task]
 
 
-# A setting never survives into the next borrower of the connection
-
-SHOWN = """
+SETTINGS = """
     SELECT current_user = session_user, coalesce(current_setting('taskapi.user_id', true), '') = '',
            current_setting('statement_timeout')
 """
@@ -242,25 +189,20 @@ SHOWN = """
     ("sql", "error"),
     [
         (b"SELECT 1", None),
-        (b"SELECT 1 / 0", Defect),
-        (b"no SQL", Defect),
-        (b"SELECT * FROM taskapi.nothing", HTTPException),
-        (b"SELECT pg_sleep(9) FROM set_config('statement_timeout', '50ms', true)", HTTPException),
-        (b"SELECT pg_terminate_backend(pg_backend_pid())", HTTPException),
+        (b"SELECT 1 / 0", UnexpectedDatabaseError),
+        (b"no SQL", UnexpectedDatabaseError),
+        (b"SELECT * FROM taskapi.nothing", DatabaseUnavailable),
+        (b"SELECT pg_cancel_backend(pg_backend_pid())", DatabaseUnavailable),  # as statement_timeout ends a statement
+        (b"SELECT pg_terminate_backend(pg_backend_pid())", DatabaseUnavailable),
     ],
 )
-def test_no_setting_survives_a_request(
+def test_no_setting_outlasts_a_request(
     app: Flask, monkeypatch: pytest.MonkeyPatch, sql: bytes, error: type[Exception] | None
 ) -> None:
-    db = database(app)
-    real = statement
-    monkeypatch.setattr("taskapi.db.statement", lambda name: sql if name == "it" else real(name))
-    with app.test_request_context():
-        if error is None:
-            assert db.run("it", {"user_id": "ann"}) is not None
-        else:
-            with pytest.raises(error):
-                db.run("it", {"user_id": "ann"})
+    monkeypatch.setattr(statements, "load_sql", lambda name: sql if name == "it" else load_sql(name))
+    database = get_api(app).database
+    with pytest.raises(error) if error else contextlib.nullcontext():
+        database.run("it", {"user_id": "ann"}, time.monotonic() + 5)
     for _ in range(9):  # every connection of the pool
-        with db._pool.connection() as conn:
-            assert conn.execute(SHOWN).fetchone() == (True, True, "0")
+        with database._pool.connection() as conn:
+            assert conn.execute(SETTINGS).fetchone() == (True, True, "0")

@@ -1,128 +1,131 @@
-"""Figures for Prometheus: right for one process and for several, and at an address of their own."""
+"""Metrics for Prometheus: of one process, of several, and at an address of their own."""
 
 import contextlib
-import os
-import re
 import signal
 import socket
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.error import HTTPError
+from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
 
+import taskapi
 from taskapi import ConfigError, Settings
 from tests.issuers import Signer, publishing
-from tests.people import SECRET, mint
-from tests.processes import copied, environment, free_port, serving, started, wait_until
-from tests.test_workers import make_patient, tasks_locked
+from tests.people import SECRET, mint, running_app
+from tests.processes import PYTHON, environment, free_port, serving, shared_copy, started, wait_until
+from tests.servers import raise_timeouts, serving_with, tasks_locked
 
-USE = {"in use": 8, "idle": 0, "waiting": 4}
-AGE = "taskapi_key_set_age_seconds"
 LIST = 'route="/api/{user_id}/tasks"'
 
 
-def figures(port: int) -> dict[str, float]:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
-            text: str = response.read().decode()
-    except HTTPError:  # prometheus_client reads a file that a process is just making
-        return {}
-    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
-    return {name: float(value) for name, _, value in lines}
+def scrape(port: int) -> dict[str, float]:
+    """The metrics by name and labels; none while there is no answer, or a process is just making its files."""
+    with contextlib.suppress(URLError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        lines = [line.rpartition(" ") for line in response.read().decode().splitlines() if not line.startswith("#")]
+        return {name: float(value) for name, _, value in lines}
+    return {}
 
 
-@pytest.mark.parametrize("processes", ["1", "2"])
-def test_the_figures_are_right_whichever_process_served(database_url: str, tmp_path: Path, processes: str) -> None:
-    port = free_port()
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
-    variables |= {"WEB_CONCURRENCY": processes, "METRICS": f"127.0.0.1:{port}"}
-    with copied(tmp_path / "checkout") as folder, serving(folder, variables, token=mint("ann")) as server:
+folder = shared_copy(raise_timeouts)
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def variables(database_url: str, port: int) -> dict[str, str]:
+    return {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "METRICS": f"127.0.0.1:{port}"}
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_requests_are_counted_whatever_process_served_them(
+    folder: Path, variables: dict[str, str], port: int, workers: int, tmp_path: Path
+) -> None:
+    """One process serves its own metrics; those of granian's workers are served by `flask taskapi metrics`."""
+    with contextlib.ExitStack() as stack:
+        if workers == 1:
+            server = stack.enter_context(serving(folder, variables, token=mint("ann")))
+        else:
+            variables["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path)
+            server = stack.enter_context(serving_with("granian", folder, variables, token=mint("ann"), workers=workers))
+            command = [*PYTHON, "-m", "flask", "--app", "wsgi", "taskapi", "metrics"]
+            exporter = stack.enter_context(started(command, folder, environment(**variables)))
         for _ in range(20):
             assert server.ask("GET", "/api/ann/tasks").status == 200
         assert server.ask("GET", "/api/ann/tasks", token="x.y.z").status == 401
         assert server.ask("GET", "/api/ann/tasks/0").status == 404
         assert server.ask("GET", "/metrics").status == 404
-        wait_until(lambda: figures(port).get('taskapi_pool_connections{state="idle"}', 0) >= 1, "the pool is told of")
-        found = figures(port)
-        assert server.stop() == 0
+        wait_until(lambda: scrape(port), "there are metrics")
+        found = scrape(port)
+        if workers > 1:
+            assert exporter.stop() == 0
+            assert exporter.stderr == ""
     assert found[f'taskapi_requests_total{{{LIST},status="200"}}'] == 20
     assert found[f'taskapi_requests_total{{{LIST},status="401"}}'] == 1
     assert found['taskapi_requests_total{route="none",status="404"}'] == 1
     assert found[f"taskapi_request_seconds_count{{{LIST}}}"] == 21
     assert found['taskapi_refused_total{reason="The token is malformed."}'] == 1
     verified = found['taskapi_tokens_total{remembered="false"}']
-    assert 1 <= verified <= int(processes)
+    assert 1 <= verified <= workers
     assert found['taskapi_tokens_total{remembered="true"}'] == 21 - verified
-    assert found['taskapi_pool_connections{state="waiting"}'] == 0
+    assert found[f'taskapi_info{{version="{taskapi.VERSION}"}}'] == 1
+    of_one_process = {"process_resident_memory_bytes", 'taskapi_pool_connections{state="waiting"}'}
+    assert of_one_process & found.keys() == (of_one_process if workers == 1 else set())
+    assert not [name for name in found if "pid=" in name]
 
 
-def test_while_requests_wait_the_pool_says_so(database_url: str, tmp_path: Path) -> None:
-    port = free_port()
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "METRICS": f"127.0.0.1:{port}"}
-    expected = {f'taskapi_pool_connections{{state="{state}"}}': count for state, count in USE.items()}
-    with copied(tmp_path / "checkout") as folder, ThreadPoolExecutor(12) as threads:
-        make_patient(folder)
-        with serving(folder, variables, token=mint("ann")) as server:
-            with tasks_locked(database_url):
-                waiting = [
-                    threads.submit(server.ask, "GET", f"/api/{user}/tasks", None, mint(user))
-                    for user in ("ann", "ben", "cat")
-                    for _ in range(4)
-                ]
-                wait_until(lambda: expected.items() <= figures(port).items(), "some have a connection, some wait")
-            assert {one.result().status for one in waiting} <= {200, 503}
-
-
-def test_a_scrape_that_takes_for_ever_does_not_hold_up_the_end(database_url: str, tmp_path: Path) -> None:
-    port = free_port()
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "METRICS": f"127.0.0.1:{port}"}
-    with copied(tmp_path / "checkout") as folder, serving(folder, variables, token=mint("ann")) as server:
-        figures(port)
-        with socket.create_connection(("127.0.0.1", port)) as slow:
-            slow.send(b"G")
-            server.popen.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 10
-            while server.popen.poll() is None:
-                assert time.monotonic() < deadline
-                time.sleep(0.5)
-                with contextlib.suppress(ConnectionError):
-                    slow.send(b"G")
-            assert server.popen.returncode == 0
-
-
-def test_the_age_of_the_keys_that_a_process_had_ends_with_it(database_url: str, tmp_path: Path) -> None:
-    port = free_port()
+def test_pool_and_age_of_the_key_set_are_read_at_the_scrape(
+    folder: Path, variables: dict[str, str], port: int, database_url: str
+) -> None:
+    expected = {'taskapi_pool_connections{state="in use"}': 6, 'taskapi_pool_connections{state="waiting"}': 0}
     signer = Signer.new("EdDSA")
-    with publishing(signer) as issuer, copied(tmp_path / "checkout") as folder:
-        variables = {"DATABASE_URL": database_url, "JWKS_URL": issuer.url, "METRICS": f"127.0.0.1:{port}"}
+    with publishing(signer) as issuer, ThreadPoolExecutor(6) as threads:
+        variables["JWKS_URL"] = issuer.url
         with serving(folder, variables, token=signer.token("ann")) as server:
             assert server.ask("GET", "/api/ann/tasks").status == 200
-            wait_until(lambda: figures(port).get(AGE, 0) > 1, "they grow old")
-            age = figures(port)[AGE]
-            children = Path(f"/proc/{server.popen.pid}/task/{server.popen.pid}/children").read_text().split()
-            os.kill(int(children[0]), signal.SIGKILL)
-            wait_until(lambda: "a worker ended" in server.stderr, "it is struck off")
-            assert server.ask("GET", "/api/ann/tasks").status == 200
-            wait_until(lambda: figures(port).get(AGE, age) < age, "there are new ones")
+            age = scrape(port)["taskapi_key_set_age_seconds"]
+            with tasks_locked(database_url) as wait_for:
+                users = ["ann", "ben"] * 3
+                waiting = [threads.submit(server.ask, "GET", f"/api/{u}/tasks", None, mint(u)) for u in users]
+                wait_for(6)
+                wait_until(lambda: expected.items() <= scrape(port).items(), "the connections in use")
+            assert {one.result().status for one in waiting} <= {200, 503}
+            assert scrape(port)["taskapi_key_set_age_seconds"] > age
 
 
-def test_a_taken_address_is_one_line(database_url: str, tmp_path: Path) -> None:
-    port = free_port()
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "METRICS": f"127.0.0.1:{port}"}
-    with copied(tmp_path / "checkout") as folder, serving(folder, variables):
-        env = environment(**variables)
-        with started([sys.executable, "wsgi.py"], folder, env) as second:
-            assert second.popen.wait(30) == 1
-            assert re.fullmatch(rf"taskapi: cannot listen on 127.0.0.1:{port} .*: set METRICS\n", second.stderr)
+def test_slow_scrapers_delay_neither_another_nor_the_stop(folder: Path, variables: dict[str, str], port: int) -> None:
+    with serving(folder, variables) as server, contextlib.ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))).send(b"G")
+        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as response:
+            assert response.status == 200
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(5) == 0
 
 
-@pytest.mark.parametrize(
-    "value", ["9464", "127.0.0.1", "127.0.0.1:", "127.0.0.1:x", ":9464", "127.0.0.1:99999", f"127.0.0.1:{'9' * 5000}"]
-)
-def test_what_is_no_address_is_refused_by_name(value: str) -> None:
-    with pytest.raises(ConfigError, match="METRICS is no address"):
-        Settings.from_env({"METRICS": value})
+def test_what_metrics_need_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from taskapi import metrics
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"^cannot listen on 127\.0\.0\.1:{port} \(.*in use\): set METRICS$"):
+            metrics.serve("127.0.0.1", port)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
+    with pytest.raises(ConfigError, match=r"^PROMETHEUS_MULTIPROC_DIR names no folder"), running_app(metrics=("", 0)):
+        pass
+    monkeypatch.delattr(taskapi, "metrics")
+    monkeypatch.delitem(sys.modules, "taskapi.metrics")
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    with pytest.raises(ConfigError, match=r"^METRICS needs .* taskapi\[metrics\]$"), running_app(metrics=("", 0)):
+        pass
+
+
+def test_value_that_is_no_address_is_refused() -> None:
+    for value in ("9464", "127.0.0.1:", "127.0.0.1:x", ":9464", "127.0.0.1:99999", f"127.0.0.1:{'9' * 5000}"):
+        with pytest.raises(ConfigError, match=r"^METRICS "):
+            Settings.from_env({"METRICS": value})

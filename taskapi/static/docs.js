@@ -7,7 +7,7 @@ follow();
 SwaggerUIBundle({
   url: "openapi.json",
   dom_id: "#docs",
-  validatorUrl: null, // would show the document to another host
+  validatorUrl: null, // the default sends the document to another host
   persistAuthorization: false,
   deepLinking: true,
 });

@@ -1,107 +1,272 @@
-"""The benchmark: `python -m tests.benchmarks.compare`, a quarter of an hour on an idle machine.
+"""The benchmark, about ten minutes on an idle machine: `python -m tests.benchmarks.compare`
 
-`python wsgi.py` with its defaults, beside what others would build, what could be reached at all, and itself in other
-circumstances. Needs wrk. An answer other than the one that was asked for ends it: only right answers count. Writes
-benchmark.md and benchmark.svg.
+It compares taskapi under waitress and under granian with FastAPI stacks, and writes benchmark.md and benchmark.svg. It
+needs wrk. A wrong answer ends it.
 """
 
 import argparse
 import contextlib
+import datetime
+import itertools
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
-from tests.benchmarks import chapters, load, page
-from tests.benchmarks.alike import answers
-from tests.benchmarks.arena import FASTAPI, Arena
-from tests.benchmarks.chapters import Plan
-from tests.benchmarks.data import HEAVY, HEAVY_SHARE, NEW_TOKENS, PEOPLE, SHARE, WORKS
+from taskapi.embedded import Cluster
+from tests.benchmarks.parity import answers
+from tests.benchmarks.workload import SHARE, USERS, WORKS, Tasks, Work
+from tests.clusters import Postgres
+from tests.people import SECRET
+from tests.processes import CHECKOUT, TIMEOUT, Process, Wire, copied, environment, free_port, started, wait_until
+from tests.servers import listens
+from tests.soak import processes_of
 
-RESULTS = Path(__file__).with_name("results")
-
-CHAPTERS = {
-    "rivals": ("Beside FastAPI", chapters.rivals),
-    "floor": ("Beside the floor", chapters.floor),
-    "lists": ("Pages and filters", chapters.lists),
-    "crowds": ("More connections", chapters.crowds),
-    "sizes": ("More tasks", chapters.sizes),
-    "processes": ("More processes", chapters.processes),
-    "footprints": ("Start and memory", chapters.footprints),
+HERE = Path(__file__).parent
+GRANIAN = "-m granian --interface wsgi --workers 1 --blocking-threads 4 wsgi:app --port {port}"
+UVICORN = "-m uvicorn --no-access-log --log-level warning --port {port} tests.benchmarks.stacks."
+STACKS = {
+    "waitress": "wsgi.py",
+    "granian": GRANIAN,
+    "asyncpg": f"{UVICORN}asyncpg_api:app",
+    "sqlmodel": f"{UVICORN}sqlmodel_api:app",
 }
+OURS = ("waitress", "granian")
+COLOURS = {"waitress": "#1f6f54", "granian": "#5fb08f", "asyncpg": "#c9a227", "sqlmodel": "#a9a9a9"}
 
 METHOD = f"""\
-Everybody works on this one machine, wrk and PostgreSQL (its own defaults, fsync and all) with them: compare what
-stands in one table, and nothing else. Contestants take turns, {{rounds}} rounds of {{seconds}} s, every other round in
-reverse; what is told is the median. Each of them is one process unless it says otherwise, and the tables are as at
-first before each run that changes them.
+The servers, PostgreSQL (with its default settings) and wrk share this machine: compare figures of this page only. The
+stacks take turns, {{rounds}} rounds of {{seconds}} s, every other round in reverse order; the table has medians. Each
+stack is one process. {USERS} users with {SHARE} tasks each, of {{tasks:,}} in all, send requests at the same time.
 
-- *taskapi* is `python wsgi.py` with all of its defaults: guard, row-level security, limits, the log into a file. Only
-  `RATE_LIMIT_REFUSED` is raised, so that refused tokens go on to be looked at.
-- *asyncpg* is FastAPI under uvicorn[standard] with asyncpg and PyJWT, and JSON that PostgreSQL writes: no policies, no
-  limits, no log. *sqlmodel* is FastAPI with SQLModel, synchronous, and a look-up of the user for each request. Neither
-  has entity tags, filters, pages or repeatable creates. Before they run, all are found to answer alike.
-- {PEOPLE} people with {SHARE} tasks each are at work at once, out of all whom the table holds; *list-{HEAVY_SHARE}* is
-  that of {HEAVY} others. Their tokens are the same ones all the time, as in life; *get-new-token* takes {NEW_TOKENS:,}
-  in turn, more than taskapi remembers.
-- *mix* is eight lists and eight gets for one create, one update, one toggle and one delete. *refused* are tokens that
-  are badly signed or have expired.
-- wrk sends the next request when an answer has come: its p99 says how evenly answers come, not how a queue would grow.
+- *waitress* is `python wsgi.py`, *granian* is `granian --interface wsgi --workers 1 --blocking-threads 4 wsgi:app`:
+  taskapi with row-level security, rate limits and a log line for each request. Only `RATE_LIMIT_REFUSED` is raised, so
+  that each refused token is verified.
+- *asyncpg* is FastAPI under uvicorn[standard] with asyncpg and PyJWT, and JSON that PostgreSQL writes. *sqlmodel* is
+  FastAPI with SQLModel, synchronous, with a query for the user in each request. Both are without row-level security,
+  rate limits and log. All stacks are checked to answer alike before they are measured.
+- *refused* are tokens with a wrong signature and expired tokens. *Processor time* is that of the server's process for
+  one request, without PostgreSQL and wrk.
 """
+
+
+class Failed(Exception):
+    """Wrong answers: such a run measures nothing."""
+
+
+class DefaultPostgres(Postgres):
+    """PostgreSQL with its default settings, fsync too."""
+
+    def _initdb(self) -> None:
+        Cluster._initdb(self)
+
+
+class Run(NamedTuple):
+    stack: str
+    work: str
+    connections: int
+
+
+class Figures(NamedTuple):
+    """Requests a second, milliseconds at the 99th percentile, and microseconds of processor time for a request."""
+
+    rate: float
+    p99: float
+    cpu: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running server."""
+
+    url: str
+    process: Process
+
+    def cpu_seconds(self) -> float:
+        """Of all its processes."""
+        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in processes_of(self.process)]
+        return sum(int(text.split()[field]) for text in stats for field in (11, 12)) / os.sysconf("SC_CLK_TCK")
+
+    def wait_until_idle(self) -> None:
+        """Closed connections leave work, which must not slow the next run."""
+        before = -1.0
+        while (now := self.cpu_seconds()) > before + 0.01:
+            before = now
+            time.sleep(0.1)
+
+    def status(self, request: bytes) -> int:
+        with Wire(self.url) as wire:
+            return wire.send(request).answer().status
+
+
+@contextlib.contextmanager
+def serving(names: Sequence[str], cluster: Postgres, folder: Path) -> Iterator[dict[str, Stack]]:
+    """Runs these stacks, all at once: taskapi in `folder`, a copy of the tree."""
+    stacks = {}
+    with ExitStack() as exits:
+        for name in names:
+            port = free_port()
+            url = cluster.login if name in OURS else cluster.url.replace("postgres@", "plain@")
+            env = environment(DATABASE_URL=url, BETTER_AUTH_SECRET=SECRET, RATE_LIMIT_REFUSED="1000000000/minute")
+            command = [sys.executable, *STACKS[name].format(port=port).split()]
+            place = folder if name in OURS else CHECKOUT
+            process = exits.enter_context(started(command, place, env | {"PORT": str(port)}))
+            stacks[name] = Stack(f"http://127.0.0.1:{port}", process)
+        for stack in stacks.values():
+            port = int(stack.url.rpartition(":")[2])
+            wait_until(lambda: stack.process.popen.poll() is not None or listens(port), "it listens")  # noqa: B023
+            assert stack.process.popen.poll() is None, stack.process.stderr
+        yield stacks
+
+
+def check(stacks: dict[str, Stack], tasks: Tasks) -> None:
+    """Raises Failed unless all stacks answer alike, and each kind of request has the expected status."""
+    expected = answers(next(iter(stacks.values())).url)
+    for name, stack in stacks.items():
+        if answers(stack.url) != expected:
+            raise Failed(f"{name} answers differently")
+        for kind, work in WORKS.items():
+            for request, _ in zip(work.requests(tasks), range(2), strict=False):
+                if (status := stack.status(request)) != work.status:
+                    raise Failed(f"{name} answers {status} to {kind}")
+
+
+def measure(stack: Stack, work: Work, file: Path, connections: int, seconds: int) -> Figures:
+    """Keeps that many connections busy. Raises Failed unless every request has the expected status."""
+    os.ftruncate(stack.process.err.fileno(), 0)  # the log, which would fill the disk
+    options = ("-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={TIMEOUT}s", "--latency")
+    command = ["wrk", *options, "--script", str(HERE / "wrk.lua"), stack.url, "--", str(file)]
+    before = stack.cpu_seconds()
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + TIMEOUT).stdout
+    cpu = stack.cpu_seconds() - before
+    found = json.loads(output.splitlines()[-1])
+    refused = found["requests"] if work.status >= 400 else 0
+    if not found["requests"] or found["broken"] or found["refused"] != refused:
+        raise Failed(f"{found}: {refused} should be refused, none broken\n{stack.process.stderr[-2000:]}")
+    stack.wait_until_idle()
+    return Figures(found["requests"] / found["seconds"], found["p99"], cpu / found["requests"] * 1e6)
+
+
+class Results(dict[Run, list[Figures]]):
+    """What each run measured, by rounds."""
+
+    def median(self, run: Run) -> Figures:
+        return Figures(*map(statistics.median, zip(*self[run], strict=True)))
+
+    def ratio(self, run: Run, stack: str) -> float:
+        """How many times the requests of another stack: the median of the rounds' ratios, since what slows the machine
+        for a while slows both."""
+        pairs = zip(self[run], self[run._replace(stack=stack)], strict=True)
+        return statistics.median(one.rate / other.rate for one, other in pairs)
+
+
+def table(results: Results, stacks: Iterable[str]) -> str:
+    rivals = [name for name in stacks if name not in OURS]
+    rows = []
+    for run in results:
+        found = results.median(run)
+        ratios = [f"{results.ratio(run, rival):.2f}" if run.stack in OURS else "" for rival in rivals]
+        rows.append([run.work, str(run.connections), run.stack, f"{found.rate:,.0f}", *ratios, f"{found.p99:.1f}"])
+        rows[-1].append(f"{found.cpu:.0f}")
+    head = ["request", "connections", "stack", "requests/s", *(f"÷ {rival}" for rival in rivals)]
+    head += ["99th percentile, ms", "processor time, µs"]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def plot(results: Results, connections: int, file: Path) -> None:
+    """Draws the requests a second of each stack."""
+    import matplotlib as mpl  # here, since it takes half a second
+    from matplotlib.figure import Figure
+
+    runs = [run for run in results if run.connections == connections]
+    works, names = list(dict.fromkeys(run.work for run in runs)), list(dict.fromkeys(run.stack for run in runs))
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "taskapi", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(8, 1 + 0.2 * len(works) * (len(names) + 1)), layout="constrained")
+        axes = figure.subplots()
+        for place, name in enumerate(names):
+            rates = [results.median(Run(name, work, connections)).rate for work in works]
+            rows = [row + 0.8 * (place + 0.5) / len(names) - 0.4 for row in range(len(works))]
+            label = f"taskapi, {name}" if name in OURS else f"FastAPI, {name}"
+            bars = axes.barh(rows, rates, 0.8 / len(names), label=label, color=COLOURS[name])
+            axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
+        axes.set_yticks(range(len(works)), works)
+        axes.invert_yaxis()
+        axes.margins(x=0.1, y=0.02)
+        axes.set_xlabel(f"requests/s, {connections} connections, one process; {machine()}", fontsize="small")
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
+        figure.savefig(file, metadata={"Date": None})
+
+
+def machine() -> str:
+    cpu = re.search(r"^model name\s*: (.*)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    today = datetime.datetime.now(datetime.UTC).date()
+    return f"{cpu[1] if cpu else platform.machine()}, {len(os.sched_getaffinity(0))} cores; {today}"
+
+
+def versions(cluster: Postgres) -> str:
+    [(postgres,)] = cluster.run("SHOW server_version")
+    names = ("flask", "waitress", "granian", "psycopg", "pyjwt", "fastapi", "uvicorn", "asyncpg", "sqlmodel")
+    packages = ", ".join(f"{name} {version(name)}" for name in names)
+    return f"Python {platform.python_version()}, PostgreSQL {postgres}, {packages}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    if not load.has_wrk():
+    if not shutil.which("wrk"):
         sys.exit("wrk is not installed: apt-get install wrk")
-    plan = Plan(**{name: getattr(options, name) for name in Plan.__dataclass_fields__})
-    parts = []
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        arena = Arena(Path(folder), stack, options.seconds)
-        expect_alike(arena, plan)
-        options.output.mkdir(exist_ok=True)
-        for name in options.chapters:
-            title, measure = CHAPTERS[name]
-            with arena.servers:
-                found = measure(arena, plan)
-            if isinstance(found, tuple):
-                found, runs = found
-                page.plot(runs, plan.connections[0], options.output / "benchmark.svg")
-            parts.append(f"## {title}\n\n{found}")
-        about = f"Measured on {page.machine()}. {page.versions(arena)}.\n\n{METHOD.format(**vars(options))}"
-    text = "\n".join(["# Benchmark\n", about, *parts])
+    with tempfile.TemporaryDirectory() as name, ExitStack() as exits:
+        folder = Path(name)
+        cluster = exits.enter_context(DefaultPostgres(folder / "cluster"))
+        cluster.migrate()
+        cluster.run("CREATE ROLE plain LOGIN BYPASSRLS; GRANT taskapi_user TO plain")  # it pays for no policy
+        tasks = Tasks(cluster.url, options.tasks)
+        tasks.seed()
+        checkout = exits.enter_context(copied(folder / "checkout"))
+        stacks = exits.enter_context(serving(options.stacks, cluster, checkout))
+        check(stacks, tasks)
+        files = {work: WORKS[work].write(tasks, folder / f"{work}.requests") for work in options.works}
+        runs = [Run(name, *one) for one in itertools.product(options.works, options.connections) for name in stacks]
+        results = Results((run, []) for run in runs)
+        for number in range(options.rounds):
+            for run in runs if number % 2 == 0 else reversed(runs):
+                work = WORKS[run.work]
+                if work.writes:
+                    tasks.settle()
+                figures = measure(stacks[run.stack], work, files[run.work], run.connections, options.seconds)
+                results[run].append(figures)
+                print(f"{number + 1}/{options.rounds} {run}: {figures.rate:,.0f}/s, {figures.cpu:.0f} µs", flush=True)
+        about = f"# Benchmark\n\nMeasured on {machine()}. {versions(cluster)}.\n\n{METHOD.format(**vars(options))}"
+        text = f"{about}\n{table(results, stacks)}"
+    options.output.mkdir(exist_ok=True)
     (options.output / "benchmark.md").write_text(text)
+    plot(results, options.connections[0], options.output / "benchmark.svg")
     print(text)
 
 
-def expect_alike(arena: Arena, plan: Plan) -> None:
-    """Fails unless all whom we compare answer the same."""
-    tasks = arena.tasks(plan.tasks)
-    with arena.serving("taskapi", tasks) as ours:
-        expected = answers(ours.url)
-    for name in plan.against:
-        with arena.serving(name, tasks) as rival:
-            assert answers(rival.url) == expected, f"{name} answers in another way"
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare taskapi with what others would build.")
+    parser = argparse.ArgumentParser(description="Compare taskapi with other stacks.")
     add = parser.add_argument
-    add("--seconds", type=int, default=2, help="how long each run takes (%(default)s)")
-    add("--rounds", type=int, default=3, help="how often each is run (%(default)s)")
-    add("--chapters", nargs="+", choices=CHAPTERS, default=list(CHAPTERS), help="what is measured (all)")
-    add("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=f"of {', '.join(WORKS)}")
+    add("--seconds", type=int, default=2, help="of each run (%(default)s)")
+    add("--rounds", type=int, default=3, help="of all runs (%(default)s)")
+    add("--stacks", nargs="+", choices=STACKS, default=list(STACKS), help="(all)")
+    add("--works", nargs="+", choices=WORKS, default=list(WORKS), metavar="WORK", help=f"of {', '.join(WORKS)} (all)")
     add("--connections", nargs="+", type=int, default=[16, 64], help="of wrk (16 64)")
-    add("--against", nargs="*", choices=FASTAPI, default=list(FASTAPI), help="rivals (both)")
-    add("--tasks", type=int, default=10_000, help="in the table, at least %(default)s")
-    add("--sizes", nargs="+", type=int, default=[10_000, 1_000_000], help="of the table, to be compared")
-    add("--processes", type=int, default=2, help="of taskapi, beside one (%(default)s)")
-    add("--unpinned", action="store_true", help="measure processes even where cores are too few to give each its own")
-    add("--output", type=Path, default=RESULTS, help="the folder for benchmark.md and benchmark.svg")
-    options = parser.parse_args(arguments)
-    if min(options.tasks, *options.sizes) < SHARE * PEOPLE:
-        parser.error(f"{PEOPLE} people need {SHARE * PEOPLE} tasks")
-    return options
+    add("--tasks", type=int, default=10_000, help=f"in the table, at least {SHARE * USERS} (%(default)s)")
+    add("--output", type=Path, default=HERE / "results", help="folder of benchmark.md and benchmark.svg")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

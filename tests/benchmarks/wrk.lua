@@ -1,5 +1,5 @@
--- What wrk sends, and what it tells: `wrk --script wrk.lua URL -- FILE`.
--- FILE holds whole requests, each with its length in a line before it. They are sent in order, over and over.
+-- What wrk sends, and what it reports: `wrk --script wrk.lua URL -- FILE`.
+-- FILE holds whole requests, each after a line with its length. They are sent in order, again and again.
 
 local requests = {}
 local last = 0
@@ -7,7 +7,7 @@ local last = 0
 function init(args)
   local file = assert(io.open(args[1], "rb"))
   for length in function() return file:read("*n") end do
-    file:read(1) -- the line's end
+    file:read(1) -- the end of the line
     requests[#requests + 1] = file:read(length)
   end
   file:close()

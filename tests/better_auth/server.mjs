@@ -1,9 +1,8 @@
 // A real Better Auth server for the tests. It is configured by environment:
-//   MODE               jwks (EdDSA key set) | hs256 (own jwt.sign) | cookie (session_data cookie as a JWT)
+//   MODE               jwks (EdDSA key set) | hs256 (own jwt.sign; the session_data cookie is a JWT, too)
 //   PORT               0 or unset: any free one
 //   DATABASE_URL       PostgreSQL; the tables go into the schema "better_auth"
 //   TRUSTED_ORIGINS    comma-separated; these origins also get CORS headers
-//   ROTATION_INTERVAL  seconds a key of the jwks mode signs; 0 or unset: for ever
 //   BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS ("2:new,1:old") are read by Better Auth itself
 // When ready it prints one line: {"url": "http://127.0.0.1:PORT"}
 import { once } from "node:events";
@@ -15,7 +14,7 @@ import { toNodeHandler } from "better-auth/node";
 import { jwt } from "better-auth/plugins";
 import pg from "pg";
 
-const { MODE = "jwks", PORT = "0", DATABASE_URL, TRUSTED_ORIGINS = "", ROTATION_INTERVAL = "0" } = process.env;
+const { MODE = "jwks", PORT = "0", DATABASE_URL, TRUSTED_ORIGINS = "" } = process.env;
 const trustedOrigins = TRUSTED_ORIGINS.split(",").filter(Boolean);
 
 // Listen first: the base URL, which is also the tokens' iss and aud, holds the port.
@@ -24,23 +23,20 @@ await once(server.listen(Number(PORT), "127.0.0.1"), "listening");
 const baseURL = `http://127.0.0.1:${server.address().port}`;
 
 const modes = {
-  jwks: () => ({
-    plugins: [jwt({ jwks: { rotationInterval: Number(ROTATION_INTERVAL) } })],
-  }),
+  jwks: () => ({ plugins: [jwt()] }),
   hs256: () => ({
+    session: { cookieCache: { enabled: true, strategy: "jwt", maxAge: 300 } },
     plugins: [
       jwt({
         // Both are required with jwt.sign; /jwks then answers 404.
         jwks: { remoteUrl: `${baseURL}/no-jwks`, keyPairConfig: { alg: "EdDSA" } },
         jwt: {
           // context.secret is BETTER_AUTH_SECRET, or the first of BETTER_AUTH_SECRETS.
-          sign: async (payload) =>
-            signJWT(payload, (await auth.$context).secret, payload.exp - payload.iat),
+          sign: async (payload) => signJWT(payload, (await auth.$context).secret, payload.exp - payload.iat),
         },
       }),
     ],
   }),
-  cookie: () => ({ session: { cookieCache: { enabled: true, strategy: "jwt", maxAge: 300 } } }),
 };
 
 const database = new pg.Pool({

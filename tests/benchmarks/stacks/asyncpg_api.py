@@ -1,23 +1,18 @@
-"""The rival (a): FastAPI and asyncpg as somebody picks them who knows them well.
+"""FastAPI and asyncpg, as an expert in both combines them: `uvicorn tests.benchmarks.stacks.asyncpg_api:app`
 
-PostgreSQL writes the JSON, which is passed through; each statement is prepared once a connection, by asyncpg, whose
-pool wipes a connection that is given back, as it does unless told otherwise. No row-level security, no limits, no log,
-and of the contract only what is compared. `uvicorn tests.benchmarks.stacks.asyncpg_api:app` serves it, with uvloop and
-httptools.
+PostgreSQL writes the JSON, which is passed through; each statement is prepared once a connection; the pool resets a
+connection that is returned, as it does by default. No row-level security, rate limits or log, and of the contract only
+what is compared. uvicorn[standard] serves it, with uvloop and httptools.
 """
 
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Literal
 
 import asyncpg
-import jwt
-from fastapi import Depends, FastAPI, HTTPException, Request, Response
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from fastapi import FastAPI, HTTPException, Request, Response
 
-SECRET = os.environ["BETTER_AUTH_SECRET"]
+from tests.benchmarks.stacks.common import Changes, NewTask, User
 
 LIST = """
     SELECT coalesce(json_agg(t), '[]')
@@ -43,75 +38,27 @@ UPDATE = """
 """
 COMPLETE = """
     UPDATE taskapi.tasks AS t
-    SET is_completed = coalesce($3, NOT is_completed),
-        completed_at = CASE WHEN coalesce($3, NOT is_completed) THEN coalesce(completed_at, now()) END,
-        updated_at = now()
+    SET is_completed = NOT is_completed, completed_at = CASE WHEN NOT is_completed THEN now() END, updated_at = now()
     WHERE user_id = $1 AND id = $2
     RETURNING row_to_json(t)
 """
-DELETE = "DELETE FROM taskapi.tasks AS t WHERE user_id = $1 AND id = $2 RETURNING row_to_json(t)"
-
-Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=500)]
-Description = Annotated[str, StringConstraints(max_length=10_000)]
-Tag = Annotated[str, StringConstraints(min_length=1, max_length=50)]
-
-
-class Changes(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    title: Title = ""
-    description: Description | None = None
-    is_completed: bool = False
-    due_at: AwareDatetime | None = None
-    priority: Literal["none", "low", "medium", "high"] = "none"
-    tags: Annotated[list[Tag], Field(max_length=20)] = []
-
-
-class Task(Changes):
-    title: Title
-
-
-class State(BaseModel):
-    is_completed: bool
 
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Keeps a pool of asyncpg's own size, ten connections."""
     async with asyncpg.create_pool(os.environ["DATABASE_URL"], server_settings={"timezone": "UTC"}) as pool:
         app.state.pool = pool
         yield
 
 
 app = FastAPI(lifespan=lifespan)
-bearer = HTTPBearer(auto_error=False)
-
-
-def unauthorized(detail: str) -> HTTPException:
-    return HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
-
-
-async def token_user(user_id: str, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]) -> str:
-    """The token's user, who must be the one of the URL."""
-    if credentials is None:
-        raise unauthorized("A bearer token is required.")
-    try:
-        claims = jwt.decode(credentials.credentials, SECRET, algorithms=["HS256"], options={"require": ["exp", "sub"]})
-    except jwt.InvalidTokenError:
-        raise unauthorized("The token is not good.") from None
-    if claims["sub"] != user_id:
-        raise HTTPException(403, "The token's user is not the one of the URL.")
-    return user_id
-
-
-User = Annotated[str, Depends(token_user)]
 
 
 async def task(request: Request, statement: str, *params: object) -> Response:
     """PostgreSQL's JSON as the answer."""
     found = await request.app.state.pool.fetchval(statement, *params)
     if found is None:
-        raise HTTPException(404, "There is no such task.")
+        raise HTTPException(404, "No task with this id.")
     return Response(found, media_type="application/json")
 
 
@@ -121,7 +68,7 @@ async def list_tasks(request: Request, user: User) -> Response:
 
 
 @app.post("/api/{user_id}/tasks")
-async def create_task(request: Request, user: User, body: Task) -> Response:
+async def create_task(request: Request, user: User, body: NewTask) -> Response:
     values = (body.title, body.description, body.is_completed, body.due_at, body.priority, body.tags)
     row = await request.app.state.pool.fetchrow(CREATE, user, *values)
     location = f"/api/{user}/tasks/{row['id']}"
@@ -136,15 +83,10 @@ async def get_task(request: Request, user: User, id: int) -> Response:
 @app.put("/api/{user_id}/tasks/{id}")
 async def update_task(request: Request, user: User, id: int, body: Changes) -> Response:
     if not body.model_fields_set:
-        raise HTTPException(422, "Names nothing to change.")
+        raise HTTPException(422, "At least one field is required.")
     return await task(request, UPDATE, user, id, body.model_dump_json(exclude_unset=True))
 
 
-@app.delete("/api/{user_id}/tasks/{id}")
-async def delete_task(request: Request, user: User, id: int) -> Response:
-    return await task(request, DELETE, user, id)
-
-
 @app.patch("/api/{user_id}/tasks/{id}/complete")
-async def complete_task(request: Request, user: User, id: int, body: State | None = None) -> Response:
-    return await task(request, COMPLETE, user, id, body and body.is_completed)
+async def toggle_task(request: Request, user: User, id: int) -> Response:
+    return await task(request, COMPLETE, user, id)

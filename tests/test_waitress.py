@@ -1,0 +1,408 @@
+"""`python wsgi.py` with many, slow and hostile clients, and at its end: others are served, and nothing is lost."""
+
+import os
+import re
+import resource
+import secrets
+import signal
+import socket
+import statistics
+import struct
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from typing import LiteralString
+
+import psycopg
+import pytest
+from psycopg.conninfo import make_conninfo
+
+from taskapi.schemas import MAX_BULK
+from tests.people import SECRET, mint
+from tests.processes import (
+    PYTHON,
+    TIMEOUT,
+    Server,
+    Wire,
+    environment,
+    request,
+    serving,
+    shared_copy,
+    started,
+    wait_until,
+)
+from tests.servers import connect, create_long_list, listens, python_after, raise_timeouts, tasks_locked
+
+USER = f"waitress-{secrets.token_hex(6)}"
+TASKS = f"/api/{USER}/tasks"
+TOKEN = mint(USER)
+GET = request("GET", TASKS, token=TOKEN)
+POST = request("POST", TASKS, token=TOKEN, body=b'{"title": "Buy milk"}')
+CHUNKED = "Transfer-Encoding: chunked"
+SESSIONS: LiteralString = "SELECT count(*) FROM pg_stat_activity WHERE application_name = %s"
+
+SHORT_LIMITS = ("server.REQUEST_TIMEOUT = 1", "server.WAITRESS['cleanup_interval'] = 0.1")
+STOP = "stop = lambda: os.kill(os.getpid(), 15)"
+
+Start = Callable[..., AbstractContextManager[Server]]
+
+
+folder = shared_copy(raise_timeouts)
+
+
+@pytest.fixture(scope="module")
+def start(folder: Path, database_url: str) -> Start:
+    """Starts `python wsgi.py`, after these statements and with these variables."""
+
+    def start(*statements: str, **variables: str) -> AbstractContextManager[Server]:
+        env = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, **variables}
+        return serving(folder, env, token=TOKEN, python=python_after(*statements) if statements else PYTHON)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def running(start: Start) -> Iterator[Server]:
+    with start() as server:
+        with ThreadPoolExecutor(16) as pool:  # opens all connections to PostgreSQL
+            assert set(pool.map(lambda _: server.ask("GET", TASKS).status, range(64))) == {200}
+        yield server
+
+
+@pytest.fixture
+def server(running: Server) -> Iterator[Server]:
+    """A server that must be as before after each test."""
+    pid = running.popen.pid
+    descriptors, threads = count_descriptors(pid), len(os.listdir(f"/proc/{pid}/task"))
+    yield running
+    assert running.ask("GET", TASKS).status == 200
+    wait_until(lambda: count_descriptors(pid) <= descriptors + 5, "connections and files are closed")
+    assert len(os.listdir(f"/proc/{pid}/task")) <= threads
+    assert running.complaints == []
+
+
+@pytest.fixture(scope="module")
+def hasty(start: Start) -> Iterator[Server]:
+    """A server that gives each request and each answer one second."""
+    with start(*SHORT_LIMITS) as hasty:
+        yield hasty
+        assert hasty.complaints == []
+
+
+@pytest.fixture(scope="module")
+def long(running: Server) -> bytes:
+    """A request for a long list."""
+    return create_long_list(running, f"reader-{secrets.token_hex(6)}")
+
+
+def count_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def disk_use(pid: int) -> int:
+    """Bytes in a process's temporary files, except those that `started` gave it for its output."""
+    size = 0
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            if "(deleted)" in os.readlink(fd) and int(fd.name) > 2:
+                size += fd.stat().st_size
+    return size
+
+
+def peak_memory(pid: int) -> int:
+    """The most memory that a process ever had, in MB."""
+    (found,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found) // 1024
+
+
+def processor_time(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def duration(server: Server) -> float:
+    """Seconds that a good client waits for its answer."""
+    started = time.monotonic()
+    assert server.ask("GET", TASKS).status == 200
+    return time.monotonic() - started
+
+
+# Many connections
+
+
+def test_idle_and_slow_clients_do_not_delay_others(server: Server) -> None:
+    """Also such as send half of a request, or of a body."""
+    with ExitStack() as stack:
+        connect(server, stack, 300)
+        slow = connect(server, stack, 90)
+        for wire, begun in zip(slow, [b"G", POST[:-9]] * 45, strict=True):
+            wire.send(begun)
+        times = []
+        for turn in range(90):
+            slow[turn].send(b"x")
+            times.append(duration(server))
+    assert statistics.median(times) < 0.1
+    assert max(times) < 1
+
+
+@pytest.mark.slow
+def test_1500_connections_are_served(start: Start) -> None:
+    """More than a process may usually open, and than select() takes."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4_096), hard))  # for this process
+    usual = f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (1024, {hard}))"
+    with start(usual) as server, ExitStack() as stack:
+        wires = connect(server, stack, 1_500)
+        assert [wire.send(GET).answer().status for wire in wires[::-100]] == [200] * 15
+        assert count_descriptors(server.popen.pid) > 1_500
+        assert server.stop() == 0
+        assert server.complaints == []
+
+
+def test_clients_over_the_limit_are_served_when_slow_ones_are_closed(start: Start) -> None:
+    with start("server.MAX_CONNECTIONS = 40", *SHORT_LIMITS) as server, ExitStack() as stack:
+        for wire, begun in zip(connect(server, stack, 60), [b"", b"G", POST[:-1]] * 20, strict=True):
+            wire.send(begun)
+        assert duration(server) < 4
+
+
+def test_connections_wait_while_there_is_no_descriptor_for_them(start: Start) -> None:
+    with start() as server, ExitStack() as stack:
+        wires, pid = connect(server, stack, 3), server.popen.pid
+        assert [wire.send(GET).answer().status for wire in wires] == [200] * 3
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (count_descriptors(pid), hard))
+        waiting, used = connect(server, stack, 20), processor_time(pid)
+        time.sleep(0.5)
+        assert processor_time(pid) - used < 0.15
+        assert [wire.send(GET).answer().status for wire in wires] == [200] * 3
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (hard, hard))
+        assert [wire.send(GET).answer().status for wire in waiting] == [200] * 20
+        assert server.complaints == []
+
+
+# Time limits
+
+
+def test_client_that_sends_too_slowly_is_closed(hasty: Server) -> None:
+    """However regularly its bytes come."""
+    chunked = request("POST", TASKS, CHUNKED, token=TOKEN)
+    begun, rest = [b"", b"", POST[:-21], chunked], [b"", GET, POST[-21:-1], b"1\r\n{\r\n" * 50]
+    with ExitStack() as stack:
+        wires = [wire.send(sent) for wire, sent in zip(connect(hasty, stack, 4), begun, strict=True)]
+        for number in range(14):
+            for wire, sent in zip(wires, rest, strict=True):
+                wire.send(sent[number : number + 1])
+            time.sleep(0.1)
+        for wire in wires:
+            wire.sock.settimeout(0.5)
+            assert wire.is_closed()
+
+
+def test_client_that_does_not_read_is_closed(hasty: Server, long: bytes) -> None:
+    with Wire(hasty.url) as wire:
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        assert wire.send(GET).answer().status == 200
+        before, started = count_descriptors(hasty.popen.pid), time.monotonic()
+        wire.send(long).sock.recv(1, socket.MSG_PEEK)
+        wait_until(lambda: count_descriptors(hasty.popen.pid) < before, "the connection is closed")
+        assert 0.9 < time.monotonic() - started < 3
+
+
+def test_client_that_goes_on_is_not_closed(hasty: Server, long: bytes) -> None:
+    """Though its connection is older than a request may get, and the server always has a part of the next request."""
+    with Wire(hasty.url) as wire:
+        wire.send(GET[:20])
+        for _ in range(8):
+            assert wire.send(GET[20:] + GET[:20]).answer().status == 200
+            time.sleep(0.17)
+        assert wire.send(GET[20:] + long).answer().status == 200
+        assert len(wire.answer().json) == 1000
+        assert wire.send(GET).answer().status == 200
+
+
+# Memory and disk
+
+FLOODS = {
+    "heads": (b"GET / HTTP/1.1\r\n" + b"X-Flood: 1\r\n" * 80_000, 431),
+    "body over the limit": (request("PUT", f"{TASKS}/1", body=b"x" * 1_000_000), 401),
+    "huge body": (request("POST", TASKS, "Content-Length: 9999999999") + b"x" * 1_000_000, 401),
+    "chunks": (request("PUT", f"{TASKS}/1", CHUNKED) + b"400\r\n%b\r\n" % (b"x" * 1024) * 1_000, 401),
+    "chunk size": (request("POST", TASKS, CHUNKED) + b"0" * 1_000_000, 401),
+    "unfinished array of the limit": (request("POST", TASKS, body=b"x" * MAX_BULK)[:-1], None),
+    "unfinished trailer": (request("POST", TASKS, CHUNKED) + b"0\r\n" + b"X: 1\r\n" * 2_000, None),
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_large_requests_are_not_held(server: Server, name: str) -> None:
+    flood, status = FLOODS[name]
+    before = peak_memory(server.popen.pid)
+    with ExitStack() as stack, ThreadPoolExecutor(40) as pool:
+        wires = [*pool.map(lambda wire: wire.send(flood), connect(server, stack, 80))]
+        assert status is None or {wire.answer().status for wire in wires} == {status}
+        assert server.ask("GET", TASKS).status == 200
+        assert "over the limit" not in name or disk_use(server.popen.pid) < 1_000_000
+    assert peak_memory(server.popen.pid) - before < 24
+
+
+def test_clients_that_disappear_leave_nothing(server: Server, long: bytes) -> None:
+    """At any point of a request or an answer, by an end or a reset."""
+    parts = [b"", b"G", GET[:-2], POST[:-1], request("POST", TASKS, CHUNKED) + b"5\r\n", GET * 50, long * 3, GET * 3]
+
+    def disappear(number: int) -> None:
+        with Wire(server.url) as wire:
+            wire.send(parts[number % 8])
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", number % 3, 0))
+            time.sleep(number % 10 / 1000)
+
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(disappear, range(200)))
+
+
+def test_one_answer_at_a_time_waits_on_disk_for_a_slow_reader(start: Start, long: bytes) -> None:
+    """And no longer than it takes to read it."""
+    with start() as server, Wire(server.url) as wire:
+        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        wire.send(long * 5)
+        time.sleep(0.5)
+        assert 1_000_000 < disk_use(server.popen.pid) < 20_000_000
+        assert [len(wire.answer().json) for _ in range(5)] == [1000] * 5
+        wait_until(lambda: disk_use(server.popen.pid) < 1_000_000, "the files are gone")
+        assert wire.send(GET).answer().status == 200
+
+
+# The end
+
+
+def stop(server: Server) -> None:
+    """Sends SIGTERM and returns once no connection is accepted any more."""
+    server.popen.send_signal(signal.SIGTERM)
+    wait_until(lambda: not listens(int(server.url.rpartition(":")[2])), "the server has stopped listening")
+    assert server.popen.poll() is None
+
+
+def assert_ends(server: Server, within: float) -> None:
+    assert server.popen.wait(within) == 0
+    assert server.complaints == []
+
+
+def test_pipelined_requests_are_answered(start: Start, database_url: str) -> None:
+    """Also those that the server has not read yet."""
+    with start() as server, ExitStack() as stack:
+        wires = dict(zip((5, 60), connect(server, stack, 2), strict=True))
+        with tasks_locked(database_url) as wait_for:
+            for count, wire in wires.items():
+                wire.send(POST * count)
+            wait_for(2)
+            stop(server)
+        for count, wire in wires.items():
+            answers = [wire.answer() for _ in range(count)]
+            assert {answer.status for answer in answers} == {201}
+            assert [answer.headers.get("connection") for answer in answers] == [*[None] * (count - 1), "close"]
+        assert_ends(server, within=5)
+
+
+def test_connections_that_wait_to_be_accepted_are_served(start: Start, folder: Path) -> None:
+    """The signal comes when it listens and has not accepted anything yet."""
+    late = "def late(*a, f=server.Server.serve):\n while not os.path.exists('sent'): time.sleep(0.01)\n stop(); f(*a)"
+    with start(STOP, late, "server.Server.serve = late") as server, ExitStack() as stack:
+        wires = [wire.send(GET) for wire in connect(server, stack, 40)]
+        (folder / "sent").touch()
+        assert {wire.answer().status for wire in wires} == {200}
+        assert_ends(server, within=5)
+
+
+def test_open_connections_are_answered_and_closed(start: Start) -> None:
+    with start("server.LINGER = 20") as server, ExitStack() as stack:
+        wires = connect(server, stack, 2)
+        assert "connection" not in wires[0].send(GET).answer().headers
+        stop(server)
+        old = GET.replace(b"1.1\r\n", b"1.0\r\nConnection: keep-alive\r\n")
+        for wire, sent in zip(wires, [GET, old], strict=True):
+            answer = wire.send(sent).answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert wire.is_closed()
+        assert_ends(server, within=5)
+
+
+def test_idle_connections_are_closed_soon_those_to_postgresql_too(
+    start: Start, conn: psycopg.Connection, database_url: str
+) -> None:
+    url = make_conninfo(database_url, application_name=USER)
+    with start(DATABASE_URL=url) as server, ExitStack() as stack:
+        wires = connect(server, stack, 20)
+        assert {wire.send(GET).answer().status for wire in wires[5:]} == {200}
+        assert conn.execute(SESSIONS, [USER]).fetchone() != (0,)
+        stop(server)
+        deadline = time.monotonic() + 3
+        while server.popen.poll() is None:  # more signals change nothing
+            server.popen.send_signal(signal.SIGTERM)
+            assert time.monotonic() < deadline
+        assert_ends(server, within=0)
+        assert all(wire.is_closed() for wire in wires)
+        wait_until(lambda: conn.execute(SESSIONS, [USER]).fetchone() == (0,), "PostgreSQL has closed its sessions")
+
+
+def test_clients_may_finish_what_they_have_begun(start: Start, database_url: str, long: bytes) -> None:
+    """To send a request, also one behind another, and to read an answer."""
+    with start("server.LINGER = 0.1") as server, ExitStack() as stack:
+        alone, behind, reader = connect(server, stack, 3)
+        reader.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+        reader.send(long).sock.recv(1, socket.MSG_PEEK)
+        with tasks_locked(database_url) as wait_for:
+            alone.send(POST[:-5])
+            behind.send(POST + POST[:-5])
+            wait_for(1)
+            stop(server)
+        assert behind.answer().status == 201
+        time.sleep(0.5)  # longer than LINGER
+        for wire in (alone, behind):
+            answer = wire.send(POST[-5:]).answer()
+            assert (answer.status, answer.headers["connection"]) == (201, "close")
+        assert server.popen.poll() is None
+        assert len(reader.answer().json) == 1000
+        assert_ends(server, within=5)
+
+
+def test_client_that_does_not_go_on_delays_the_end_for_a_limited_time(start: Start, long: bytes) -> None:
+    sent = [b"\r", b"G", GET[:-2], POST[:-5], long]
+    with start("server.DRAIN_TIMEOUT = 1") as server, ExitStack() as stack:
+        for wire, data in zip(connect(server, stack, len(sent)), sent, strict=True):
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            wire.send(data)
+        assert server.ask("GET", TASKS).status == 200
+        server.popen.send_signal(signal.SIGTERM)
+        assert_ends(server, within=4)
+
+
+@pytest.mark.parametrize("at", ["create_app", "Server", "Server.serve"])
+def test_signal_during_the_start_ends_it(folder: Path, database_url: str, at: str) -> None:
+    env = environment(DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)
+    patch = f"def patched(*a, f=server.{at}):\n stop()\n return f(*a)\nserver.{at} = patched"
+    with started(python_after(STOP, patch), folder, env) as process:
+        assert process.popen.wait(TIMEOUT) == 0
+        assert process.complaints == []
+
+
+def test_acknowledged_writes_survive_sigkill(start: Start, conn: psycopg.Connection, database_url: str) -> None:
+    """And of those that were not acknowledged at most one was made on each connection to PostgreSQL."""
+    user = f"killed-{secrets.token_hex(6)}"
+    bodies = [b'{"title": "Task %d"}' % number for number in range(400)]
+    with start(DATABASE_URL=make_conninfo(database_url, application_name=user)) as server, ExitStack() as stack:
+        wires = connect(server, stack, len(bodies))
+        for wire, body in zip(wires, bodies, strict=True):
+            wire.send(request("POST", f"/api/{user}/tasks", token=mint(user), body=body))
+        acknowledged = [wire.answer().json["title"] for wire in wires[:50]]
+        server.popen.kill()
+        for wire in wires[50:]:
+            with suppress(OSError, AssertionError):  # the connection has ended
+                acknowledged.append(wire.answer().json["title"])
+    assert len(acknowledged) < len(bodies)
+    wait_until(lambda: conn.execute(SESSIONS, [user]).fetchone() == (0,), "its sessions have ended")
+    conn.execute("SELECT set_config('taskapi.user_id', %s, false)", [user])
+    rows = conn.execute("SELECT title FROM taskapi.tasks WHERE user_id = %s", [user]).fetchall()
+    assert {*acknowledged} <= {title for (title,) in rows}
+    assert len(rows) <= len(acknowledged) + 8
