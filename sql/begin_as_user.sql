@@ -6,6 +6,7 @@
 SELECT set_config('role', 'taskapi_user', true),
        set_config('taskapi.user_id', %(user_id)s, true),
        set_config('timezone', 'UTC', true),
+       set_config('datestyle', 'ISO', true),
        set_config('statement_timeout', '3s', true),
        set_config('lock_timeout', '1s', true),
        set_config('plan_cache_mode', 'force_generic_plan', true)

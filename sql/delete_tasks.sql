@@ -1,32 +1,47 @@
--- Deletes the user's tasks that match all given filters. Returns them as one JSON array, oldest first, and their
--- number. Returns no row if if_match does not have the current version of the list. The version is 0 before the first
--- task.
--- Parameters: user_id, is_completed, priority, tag, due_before, due_after, updated_since, q, if_match
-WITH owner AS (
-    UPDATE taskapi.users AS u
-    SET version = u.version + 1
-    WHERE u.id = %(user_id)s AND (%(if_match)s::text[] IS NULL OR to_json(u.version::text)::text = ANY (%(if_match)s))
-    RETURNING u.id
+-- Deletes a page of the user's tasks that pass every filter, oldest first, and records the deletions. Returns them as a
+-- JSON array, as they were, their number, whether there are more, the tag of the list afterwards, and whether something of
+-- the user has expired; no row where if_match names another state of the list, which is "0" before the first task. A page
+-- ends after `limit` tasks or about 2 MiB. Runs after lock_user.sql.
+-- Parameters: user_id, limit, if_match, nonce; those of the filters
+WITH person AS (
+    SELECT u.clock, u.expires, /* include list_tag */ AS tag
+    FROM taskapi.users AS u
+    WHERE u.id = %(user_id)s AND (%(if_match)s::text[] IS NULL OR /* include list_tag */ = ANY (%(if_match)s))
+), change AS (
+    SELECT /* include change */, person.tag
+    FROM person
+    CROSS JOIN LATERAL (SELECT /* include next_clock */ AS clock) AS t
+), found AS (
+    SELECT t.id, row_number() OVER page AS number, sum(t.json_bytes) OVER page - t.json_bytes AS bytes_before
+    FROM taskapi.tasks AS t
+    WHERE t.user_id = %(user_id)s AND EXISTS (SELECT FROM person) /* include filters */
+    WINDOW page AS (ORDER BY t.created_at, t.id ROWS UNBOUNDED PRECEDING)
+    ORDER BY t.created_at, t.id
+    LIMIT %(limit)s + 1
 ), deleted AS (
     DELETE FROM taskapi.tasks AS t
-    USING owner
-    WHERE t.user_id = owner.id AND t.user_id = %(user_id)s
-      AND (%(is_completed)s::boolean IS NULL OR t.is_completed = %(is_completed)s)
-      AND (%(priority)s::text[] IS NULL OR t.priority = ANY (%(priority)s))
-      AND (%(tag)s::text[] IS NULL OR t.tags @> %(tag)s)
-      AND (%(due_before)s::timestamptz IS NULL OR t.due_at < %(due_before)s)
-      AND (%(due_after)s::timestamptz IS NULL OR t.due_at > %(due_after)s)
-      AND (%(updated_since)s::timestamptz IS NULL OR t.updated_at >= %(updated_since)s)
-      AND (%(q)s::text IS NULL OR taskapi.folded(%(q)s) ~ '\S' AND NOT EXISTS ( -- a lone accent becomes an empty text
-          SELECT FROM (
-              SELECT taskapi.folded(concat_ws(' ', t.title, t.description, array_to_string(t.tags, ' '))) OFFSET 0
-          ) AS task (text) -- OFFSET 0: normalizes the text once, not for each word, which is slow
-          CROSS JOIN regexp_split_to_table(taskapi.folded(%(q)s), '\s+') AS word
-          WHERE strpos(task.text, word) = 0
-      ))
+    USING found
+    WHERE t.user_id = %(user_id)s AND t.id = found.id AND found.number <= %(limit)s AND found.bytes_before < 2097152
     RETURNING t.*
+), recorded AS (
+    INSERT INTO taskapi.deletions (user_id, deleted_at, id)
+    SELECT %(user_id)s, change.now, deleted.id FROM deleted CROSS JOIN change
+), advanced AS (
+    UPDATE taskapi.users AS u
+    SET clock = change.clock, nonce = %(nonce)s, task_count = u.task_count - (SELECT count(*) FROM deleted),
+        expires = least(u.expires, change.clock + 30 * 24 * 3600000000)
+    FROM change
+    WHERE u.id = %(user_id)s AND EXISTS (SELECT FROM deleted)
+    RETURNING /* include list_tag */ AS tag
 )
-SELECT coalesce(json_agg(deleted ORDER BY created_at, id), '[]'), count(*)
-FROM deleted
-HAVING %(if_match)s::text[] IS NULL OR EXISTS (SELECT FROM owner)
+SELECT coalesce(json_agg(task.json ORDER BY task.created_at, task.id), '[]'),
+       count(task.id),
+       (SELECT count(*) FROM found) > count(task.id),
+       coalesce((SELECT tag FROM advanced), (SELECT tag FROM change), '"0"'),
+       (SELECT change.has_expired FROM change)
+FROM (
+    SELECT (SELECT row_to_json(m) FROM (SELECT /* include members */) AS m) AS json, t.id, t.created_at
+    FROM deleted AS t
+) AS task
+HAVING %(if_match)s::text[] IS NULL OR EXISTS (SELECT FROM change)
     OR '"0"' = ANY (%(if_match)s) AND NOT EXISTS (SELECT FROM taskapi.users AS u WHERE u.id = %(user_id)s)

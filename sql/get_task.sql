@@ -1,5 +1,5 @@
--- Returns one task of the user as JSON, and its entity tag: updated_at in quotes. Every change of the task changes it.
+-- One task of the user as JSON, and its tag.
 -- Parameters: user_id, id
-SELECT row_to_json(t), to_json(t.updated_at)
+SELECT (SELECT row_to_json(m) FROM (SELECT /* include members */) AS m), /* include tag */
 FROM taskapi.tasks AS t
 WHERE t.user_id = %(user_id)s AND t.id = %(id)s

@@ -1,6 +1,7 @@
--- Makes other changes of the user's tasks wait until the transaction ends. Returns no row if there is no such user.
+-- Makes other changes of the user wait until the transaction ends; no row where there is no such user. The statements
+-- that follow in the transaction see all changes before.
 -- Parameters: user_id
 SELECT u.id
 FROM taskapi.users AS u
 WHERE u.id = %(user_id)s
-FOR UPDATE
+FOR NO KEY UPDATE

@@ -39,6 +39,7 @@ class Settings:
     audiences: tuple[str, ...] = ()
     user_claims: tuple[str, ...] = ("sub", "user.id")
     rate_limit: str = "30000/minute"
+    max_tasks: int = 100_000
     rate_limit_refused: str = "10000/minute"
     rate_limit_storage: str = field(default="memory://", repr=False)
     cors_origins: tuple[str, ...] = ()
@@ -52,6 +53,8 @@ class Settings:
         self._check_secrets()
         self._check_urls()
         self._check_limits()
+        if self.max_tasks < 1:
+            raise ConfigError("MAX_TASKS is not a number of tasks: 100000")
         if not 0 <= self.port <= 65535:
             raise ConfigError("PORT is not a number from 0 (any free port) to 65535")
 
@@ -155,6 +158,10 @@ def _parse_switch(value: str) -> bool:
     return value == "on"
 
 
+def _parse_number(value: str) -> int:
+    return int(value) if re.fullmatch("[0-9]{1,9}", value) else -1  # which is out of every range
+
+
 def _parse_names(value: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in value.split(",") if name.strip())
 
@@ -177,6 +184,7 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "JWT_ISSUER": ("issuers", _parse_names),
     "JWT_AUDIENCE": ("audiences", _parse_names),
     "JWT_USER_CLAIM": ("user_claims", _parse_names),
+    "MAX_TASKS": ("max_tasks", _parse_number),
     "RATE_LIMIT": ("rate_limit", str),
     "RATE_LIMIT_REFUSED": ("rate_limit_refused", str),
     "RATE_LIMIT_STORAGE": ("rate_limit_storage", str),
@@ -185,5 +193,5 @@ VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "METRICS": ("metrics", _parse_address),
     "DOCS": ("docs", _parse_switch),
     "HOST": ("host", str),
-    "PORT": ("port", lambda value: int(value) if re.fullmatch("[0-9]{1,9}", value) else -1),  # -1 is refused later
+    "PORT": ("port", _parse_number),
 }

@@ -5,7 +5,8 @@ from flask import Response, request
 from .context import get_api
 
 EXPOSED = (
-    "Location, ETag, Link, X-Total-Count, Retry-After, WWW-Authenticate, RateLimit, RateLimit-Policy, X-Request-ID"
+    "Location, ETag, Link, Sync-Time, X-Total-Count, Retry-After, WWW-Authenticate, RateLimit, RateLimit-Policy, "
+    "X-Request-ID"
 )
 ALLOWED = "Authorization, Content-Type, If-Match, If-None-Match, Idempotency-Key, X-Request-ID"
 MAX_AGE = "7200"  # seconds for which a browser may keep the answer to a preflight: the most that Chromium accepts

@@ -35,6 +35,7 @@ CONFLICT = "Another change was made at the same time. Nothing was changed: retry
 # The SQLSTATEs, or their classes (the first two characters), that are answered with 503, and the detail for the client.
 # Every other error of PostgreSQL is a bug of the server and is answered with 500.
 UNAVAILABLE_DETAILS = {
+    "23505": CONFLICT,  # the sequence of ids is behind the rows, as after a failover to a logical replica
     "22023": NOT_READY,  # the role taskapi_user does not exist
     "25006": "The database accepts no changes now.",  # a standby
     "3F000": NOT_READY,  # the schema does not exist
@@ -88,30 +89,28 @@ class Database:
         if self._owns_pool:
             self._pool.close()
 
-    def run(self, name: str, params: dict[str, Any], deadline: float, custom_plan: bool = False) -> Row | None:
+    def run(self, name: str, params: dict[str, Any], deadline: float) -> Row | None:
         """Runs sql/{name}.sql as the user `params["user_id"]`, and returns its one row or None.
 
-        PostgreSQL keeps a generic plan for each set of parameters that are not None; with `custom_plan` it makes a plan
-        for these values. `deadline` is a time.monotonic(). If the connection is lost, a read is tried once more. A
-        change is not, because it may have been committed. Raises DatabaseUnavailable, DuplicateKey and
-        UnexpectedDatabaseError.
+        `deadline` is a time.monotonic(). If the connection is lost, a read is tried once more. A change is not, because
+        it may have been committed. Raises DatabaseUnavailable, DuplicateKey and UnexpectedDatabaseError.
         """
         is_read = name.startswith(("get_", "list_"))
         started = time.monotonic()
         try:
             try:
-                return self._run_once(name, params, deadline, custom_plan)
+                return self._run_once(name, params, deadline)
             except ConnectionLost:
                 # A retry after a long wait would probably wait as long again.
                 if not is_read or time.monotonic() - started > 1:
                     raise
-                return self._run_once(name, params, deadline, custom_plan)
+                return self._run_once(name, params, deadline)
         except psycopg.Error as error:
             raise self._translate(error, name, is_read) from None
 
     def _translate(self, error: psycopg.Error, statement: str, is_read: bool) -> Exception:
         """The exception that `run` raises for an error of psycopg."""
-        if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "first_answers_pkey":
+        if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "idempotency_keys_pkey":
             return DuplicateKey()
         state = error.sqlstate or ""
         detail = UNAVAILABLE_DETAILS.get(state) or UNAVAILABLE_DETAILS.get(state[:2])
@@ -128,18 +127,19 @@ class Database:
             self._schema_is_current = False
         return DatabaseUnavailable(detail, first_line(error), statement)
 
-    def _run_once(self, name: str, params: dict[str, Any], deadline: float, custom_plan: bool) -> Row | None:
+    def _run_once(self, name: str, params: dict[str, Any], deadline: float) -> Row | None:
         conn = self._acquire(deadline)
         started = time.monotonic()
         try:
             if not self._schema_is_current:
                 check_schema(conn, min(started + STATEMENT_DEADLINE, deadline) - started)
                 self._schema_is_current = True
-            statements = [load_sql("begin_as_user"), *build_batch(name, params, custom_plan)]
+            batch, may_prepare = build_batch(name, params)
+            statements = [load_sql("begin_as_user"), *batch]
             if conn.pgconn.parameter_status(b"client_encoding") != b"UTF8":
                 statements.insert(0, load_sql("use_utf8"))
             seconds = min(started + STATEMENT_DEADLINE, deadline) - time.monotonic()
-            result = run_batch(conn, statements, params, seconds)
+            result = run_batch(conn, statements, params, seconds, may_prepare)
         except ConnectionLost:
             if self._owns_pool and time.monotonic() - started >= STATEMENT_DEADLINE:
                 self._pool.drain()  # the other connections probably do not answer either

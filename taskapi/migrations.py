@@ -8,6 +8,7 @@ from psycopg import errors
 from psycopg.rows import tuple_row
 
 from .pipeline import run_batch
+from .search import fold, make_stream_safe
 from .statements import SQL_DIR, load_sql
 
 if TYPE_CHECKING:
@@ -49,9 +50,24 @@ def migrate(database: "Database") -> list[str]:
     with database.connect() as conn, conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
         for name in ("lock_migrations", "create_schema", "create_migrations"):
             cursor.execute(load_sql(name))
+        if (encoding := conn.info.parameter_status("server_encoding")) != "UTF8":
+            raise SchemaOutdated(f"the database has the encoding {encoding}: create the database with ENCODING 'UTF8'")
         applied = {name for (name,) in cursor.execute(load_sql("list_migrations"))}
         missing = sorted(load_migrations().keys() - applied)
         for name in missing:
+            if name == "0008_isolation_of_search":
+                _fill_search_texts(cursor)
             cursor.execute(load_migrations()[name])
             cursor.execute(load_sql("record_migration"), {"name": name})
     return missing
+
+
+def _fill_search_texts(cursor: psycopg.Cursor[Any]) -> None:
+    """Makes the search texts of the tasks that a version before 0.2 has created, some of which are not stream-safe."""
+    after = ("", 0)
+    while rows := cursor.execute(load_sql("list_unfolded_tasks"), {"user_id": after[0], "id": after[1]}).fetchall():
+        for user_id, id, title, description, tags in rows:
+            texts = {"title": title, "description": description or "", "tags": " ".join(tags)}
+            folded = {f"search_{name}": fold(make_stream_safe(text)) for name, text in texts.items()}
+            cursor.execute(load_sql("fill_search_texts"), {"user_id": user_id, "id": id, **folded})
+        after = (user_id, id)

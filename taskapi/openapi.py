@@ -12,7 +12,7 @@ from . import VERSION
 from .config import ConfigError
 from .idempotency import KEY_PATTERN
 from .logs import path_template
-from .schemas import CHANGES, FILTER, LIST, MAX_TASKS, READ_ONLY, STATE, TASK, Instant
+from .schemas import CHANGES, DELETIONS, FILTER, LIST, MAX_TASKS, READ_ONLY, STATE, TASK, Instant
 
 Json = dict[str, Any]
 
@@ -39,7 +39,7 @@ def document(app: Flask) -> Json:
     templates, spec["paths"] = spec["paths"], {}
     for item in templates.values():
         operations = {operation["operationId"]: operation for name, operation in item.items() if name != "parameters"}
-        for name, schema in (("list_tasks", LIST), ("delete_tasks", FILTER)):
+        for name, schema in (("list_tasks", LIST), ("delete_tasks", FILTER), ("list_deletions", DELETIONS)):
             if name in operations:
                 parameters = converter.schema2parameters(schema, location="query")
                 operations[name]["parameters"] = parameters + operations[name]["parameters"]

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote
 
 from flask import abort, request
-from marshmallow import Schema, ValidationError, fields
+from marshmallow import Schema, ValidationError, fields, missing
 
 from .problems import problem
 from .schemas import LIST, MAX_BODY, MAX_BULK, MAX_TASKS, READ_ONLY, TASK
@@ -60,7 +60,8 @@ def load_query(schema: Schema) -> dict[str, Any]:
 
 @functools.cache  # most lists are requested without parameters
 def _load_defaults(schema: Schema) -> dict[str, Any]:
-    return {**dict.fromkeys(schema.fields), **schema.load({})}
+    defaults = {name: field.load_default for name, field in schema.fields.items()}
+    return {name: None if default is missing else default for name, default in defaults.items()}
 
 
 def refuse_parameters(errors: Iterable[tuple[str, str]]) -> NoReturn:
@@ -141,6 +142,11 @@ def _flatten(pointer: str, messages: Any) -> Iterator[tuple[str, str]]:
             yield from _flatten(f"{pointer}/{part}", inner)
     else:
         yield from ((pointer, message) for message in messages)
+
+
+def refuse_tasks(detail: str) -> NoReturn:
+    """Ends the request with 422 for its body as a whole."""
+    _refuse_body([("#", detail)])
 
 
 def _refuse_body(errors: list[tuple[str, str]]) -> NoReturn:

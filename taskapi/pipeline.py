@@ -31,7 +31,7 @@ class PositionalStatement(NamedTuple):
     parameters: tuple[str, ...]
 
 
-@functools.cache
+@functools.lru_cache(1_024)
 def to_positional(text: bytes) -> PositionalStatement:
     """Translates a statement with parameters in psycopg's form, %(name)s."""
     order: dict[str, int] = {}
@@ -44,15 +44,20 @@ def to_positional(text: bytes) -> PositionalStatement:
 
 
 def run_batch(
-    conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any], seconds: float
+    conn: psycopg.Connection[Any],
+    statements: Sequence[bytes],
+    params: Mapping[str, Any],
+    seconds: float,
+    may_prepare: bool = True,
 ) -> pq.abc.PGresult:
-    """Runs the statements as one transaction, commits it, and returns the result of the last statement.
+    """Runs the statements as one transaction, commits it, and returns the result of the last statement, which is only
+    prepared if it `may_prepare`.
 
     Raises psycopg.Error if PostgreSQL refused a statement: nothing was changed. Raises ConnectionLost, and closes the
     connection, after `seconds` or if the connection breaks: the outcome is unknown.
     """
     try:
-        sent = _send(conn, statements, params)
+        sent = _send(conn, statements, params, may_prepare)
         results = _receive(conn.pgconn, time.monotonic() + seconds)
         conn.pgconn.exit_pipeline_mode()
     except BaseException as error:
@@ -74,14 +79,16 @@ def run_batch(
     return results[len(sent) - 1]
 
 
-def _send(conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any]) -> list[bytes | None]:
+def _send(
+    conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any], may_prepare: bool
+) -> list[bytes | None]:
     """Sends all statements. Returns, for each command sent, the name that it prepares, or None."""
     pgconn, prepared = conn.pgconn, _prepared.setdefault(conn, set())
     pgconn.enter_pipeline_mode()
     sent: list[bytes | None] = []
-    for name, text, parameters in map(to_positional, statements):
+    for number, (name, text, parameters) in enumerate(map(to_positional, statements), 1):
         values = [_encode(params[parameter]) for parameter in parameters]
-        if conn.prepare_threshold is None:
+        if conn.prepare_threshold is None or (number == len(statements) and not may_prepare):
             pgconn.send_query_params(text, values)
         else:
             if name not in prepared:

@@ -7,9 +7,12 @@ from typing import Any
 
 from marshmallow import RAISE, Schema, ValidationError, fields, validate
 
+from .search import MAX_NON_STARTERS, is_stream_safe
+
 MAX_BODY = 64 * 1024  # bytes of a body at most, except an array of tasks
 MAX_BULK = 1024 * 1024  # bytes of an array of tasks at most
 MAX_TASKS = 1_000  # tasks that are created together, or on one page, at most
+MAX_TEXT = 10_000  # characters of a description at most
 PRIORITIES = ("none", "low", "medium", "high")
 SORTS = tuple(sign + name for name in ("created_at", "updated_at", "due_at", "priority", "title") for sign in ("", "-"))
 
@@ -37,6 +40,8 @@ def is_storable(value: str) -> bool:
 def _check_storable(value: str) -> None:
     if not is_storable(value):
         raise ValidationError("Must not contain NUL or a lone surrogate.")
+    if len(value) <= MAX_TEXT and not is_stream_safe(value):  # a longer one is refused for its length
+        raise ValidationError(f"Must not have more than {MAX_NON_STARTERS} combining marks in a row.")
 
 
 def _check_visible(value: str) -> None:
@@ -48,6 +53,13 @@ def _check_visible(value: str) -> None:
 def _check_distinct(values: list[str]) -> None:
     if len(set(values)) < len(values):
         raise ValidationError("Must be distinct.")
+
+
+class _Tags(fields.List[str]):
+    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        if isinstance(value, list) and len(value) > 20:  # before the items, which may be many
+            raise ValidationError("Must have at most 20 tags.")
+        return super()._deserialize(value, *args, **kwargs)
 
 
 class _Title(fields.String):
@@ -98,13 +110,13 @@ class TaskSchema(Schema):
     description = fields.String(
         allow_none=True,
         load_default=None,
-        validate=[_check_storable, validate.Length(max=10_000)],
+        validate=[_check_storable, validate.Length(max=MAX_TEXT)],
         metadata={"pattern": STORABLE},
     )
     is_completed = _Boolean(load_default=False)
     due_at = Instant(allow_none=True, load_default=None)
     priority = fields.String(load_default="none", validate=validate.OneOf(PRIORITIES))
-    tags = fields.List(
+    tags = _Tags(
         fields.String(validate=[_check_visible, validate.Length(max=50)], metadata={"pattern": VISIBLE}),
         load_default=list,
         validate=[validate.Length(max=20), _check_distinct],
@@ -141,18 +153,29 @@ class FilterSchema(Schema):
     )
 
 
-class ListSchema(FilterSchema):
+class PageSchema(Schema):
+    """The parameters of a page."""
+
+    limit = _Limit(
+        load_default=MAX_TASKS, metadata={"minimum": 1, "maximum": MAX_TASKS, "description": "Items on a page at most."}
+    )
+    cursor = fields.String(metadata={"description": "Where the page begins. Only as given in `Link`."})
+
+
+class ListSchema(FilterSchema, PageSchema):
     """The parameters of a list."""
 
     sort = fields.String(
         validate=validate.OneOf(SORTS),
         metadata={"description": "The order: `-` for descending, nulls last. Without it, oldest first."},
     )
-    limit = _Limit(
-        load_default=MAX_TASKS, metadata={"minimum": 1, "maximum": MAX_TASKS, "description": "Tasks on a page at most."}
-    )
-    cursor = fields.String(metadata={"description": "Where the page begins. Only as given in `Link`."})
     count = _Flag(metadata={"description": "Whether to answer `X-Total-Count`."})
+
+
+class DeletionsSchema(PageSchema):
+    """The parameters of a list of deletions."""
+
+    since = Instant(required=True, metadata={"description": "Deletions at this time or later."})
 
 
 TASK = TaskSchema()
@@ -160,3 +183,4 @@ CHANGES = TaskSchema(partial=True)
 STATE = TaskSchema(only=("is_completed",), partial=True)
 FILTER = FilterSchema()
 LIST = ListSchema()
+DELETIONS = DeletionsSchema()

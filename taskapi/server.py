@@ -29,7 +29,7 @@ from .config import ConfigError, Settings
 from .context import get_api
 from .http import BadRequestTask, Parser, Task
 from .migrations import migrate
-from .schemas import MAX_BODY
+from .schemas import MAX_BULK
 
 MAX_CONNECTIONS = 2_000  # open at most; fewer if the limit of file descriptors is low
 REQUEST_TIMEOUT = 30  # seconds to receive a whole request, to send a whole answer, and to wait for the next request
@@ -42,7 +42,7 @@ WAITRESS: dict[str, Any] = {
     "asyncore_use_poll": True,  # select() cannot take descriptors over 1,023
     "cleanup_interval": 5,  # seconds between two checks for connections that are too slow
     "outbuf_high_watermark": 2**40,  # bytes; never reached: no thread waits for a slow client
-    "inbuf_overflow": MAX_BODY,  # bytes: a larger body is on disk
+    "inbuf_overflow": MAX_BULK + 1,  # bytes: no body that is accepted is written to disk
     "max_request_header_size": 16_384,  # bytes: enough for a token, a cookie and a long URL
     "max_request_body_size": 2**30,  # bytes; never reached: Parser has the limits
     "ident": None,  # no Server header

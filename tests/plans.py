@@ -8,50 +8,85 @@ import psycopg
 from psycopg import sql
 
 from taskapi.pipeline import to_positional
-from taskapi.statements import SQL_DIR, build_batch, load_sql
+from taskapi.statements import BEFORE, SQL_DIR, build_batch, load_sql
 
-USER_ROWS = re.compile(rb"taskapi\.(tasks|users|first_answers)\b")
-ON_ROWS = sorted(path.stem for path in SQL_DIR.glob("*.sql") if USER_ROWS.search(path.read_bytes()))
-"""The statements on tables with rows of users."""
+USER_COLUMNS = {"users": "id", "tasks": "user_id", "deletions": "user_id", "idempotency_keys": "user_id"}
+"""The tables with rows of users, and the column of each that names the user."""
 
-REQUESTS: list[tuple[str, dict[str, Any], bool]] = [
-    ("list_tasks", {"limit": 1000}, False),
-    ("list_tasks", {"limit": 1000, "is_completed": False, "sort": "due_at"}, True),
-    ("get_user", {}, False),
-    ("get_task", {"id": 6}, False),
-    ("create_tasks", {"tasks": "[]"}, False),
-    ("create_tasks", {"tasks": "[]", "key": "k", "digest": "d"}, False),
-    ("get_first_answer", {"key": "k", "digest": "d"}, False),
-    ("update_task", {"id": 6, "changes": '{"title": "t"}'}, False),
-    ("delete_task", {"id": 6}, False),
-    ("delete_tasks", {"is_completed": True}, True),
+STATEMENTS = sorted(path.stem for path in SQL_DIR.glob("*.sql") if path.stem != "fragments")
+ON_ROWS = [name for name in STATEMENTS if re.search(rf"taskapi\.({'|'.join(USER_COLUMNS)})\b", load_sql(name).decode())]
+"""The statements on those tables."""
+
+MIGRATING = ["fill_search_texts", "list_unfolded_tasks"]
+"""Those that only a migration runs, as the owner."""
+
+VALUES: dict[str, Any] = {
+    "is_completed": "false",
+    "priority": ["none", "high"],
+    "tag": ["x"],
+    "due_before": "9999-01-01",
+    "due_after": "0001-01-01",
+    "updated_since": "2000-01-01",
+    "q": ["%e%"],
+}
+"""A value of each filter."""
+
+COUNT = {"count": 1, "max_tasks": 9}
+AFTER: dict[str, Any] = {"after": "2000-01-01", "after_id": 1}
+SORTED: list[dict[str, Any]] = [
+    *({"sort": "-created_at", "after": "infinity", "after_id": 1}, {"sort": "due_at", **AFTER}),
+    *({"sort": "-due_at", "after": "infinity", "after_id": 1}, {"sort": "updated_at", **AFTER}),
+    *({"sort": "priority", "after": "1", "after_id": 1}, {"sort": "-title", "after": "zzz", "after_id": 1}),
 ]
-"""A statement, the parameters that a request gives it, and whether it is planned for these values."""
+LISTS: list[dict[str, Any]] = [
+    *({}, AFTER, {"count": True}, VALUES, *SORTED, *({name: value} for name, value in VALUES.items())),
+    *({"count": True, **VALUES, **more} for more in (AFTER, SORTED[0])),
+]
+REQUESTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"limit": 1000, **more}) for name in ("list_tasks", "list_large_tasks") for more in LISTS),
+    *(("list_deletions", {"limit": 1000, "since": "2000-01-01", **more}) for more in ({}, AFTER)),
+    *(("get_user", {}), ("get_task", {"id": 6}), ("get_repeat", {"key": "k", "digest": "d"})),
+    *(("create_tasks", {"tasks": "[]", "nonce": 1, **COUNT, **more}) for more in ({}, {"key": "k", "digest": "d"})),
+    *(
+        ("update_task", {"id": 6, "nonce": 1, **more})
+        for more in ({}, {"changes": '{"title": "t"}'}, {"if_match": ['"x"']})
+    ),
+    *(("delete_task", {"id": 6, "nonce": 1, **more}) for more in ({}, {"if_match": ['"x"']})),
+    *(
+        ("delete_tasks", {"limit": 9, "nonce": 1, **more})
+        for more in ({"is_completed": True}, {"if_match": [], **VALUES})
+    ),
+    ("delete_expired", {}),
+]
+"""A statement, and the parameters that a request gives it."""
 
-COMMANDS: list[tuple[str, dict[str, Any], bool]] = [
-    *(("export_tasks", {}, False), ("lock_user", {}, False), ("delete_user", {}, False)),
+COMMANDS: list[tuple[str, dict[str, Any]]] = [
+    *(("export_tasks", {}), ("lock_user", {}), ("delete_user", {}), ("upsert_user", {"nonce": 1, **COUNT})),
 ]
 
 
-def explain(conn: psycopg.Connection, name: str, given: dict[str, Any], is_custom: bool) -> dict[str, Any]:
-    """The plan of a statement that is executed, and rolled back, as a request of the user `given["user_id"]`.
+def explain(conn: psycopg.Connection, name: str, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The plan of a statement that is executed, and rolled back, as a request of the user `given["user_id"]`; and
+    whether it is made for all values.
 
     It is prepared first: EXPLAIN by itself would always plan for the values.
     """
-    params = {**dict.fromkeys(to_positional(load_sql(name)).parameters), **given}
-    *settings, text = build_batch(name, params, is_custom)
+    texts = [load_sql(name, options=("after",)), *map(load_sql, BEFORE.get(name, ()))]
+    params = {**dict.fromkeys(one for text in texts for one in to_positional(text).parameters), **given}
+    (*before, text), may_prepare = build_batch(name, params)
     _, text, parameters = to_positional(text)
     values = sql.SQL(", ").join(sql.Literal(params[one]) for one in parameters)
     with conn.transaction(force_rollback=True):
-        for setting in (load_sql("begin_as_user"), *settings):
-            conn.execute(setting, given)
+        for statement in (load_sql("begin_as_user"), *before):
+            conn.execute(statement, params)
         conn.execute(b"PREPARE it AS " + text)
-        command = sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE it ({})").format(values)
+        arguments = sql.SQL("({})").format(values) if parameters else sql.SQL("")
+        command = sql.SQL("EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) EXECUTE it {}").format(arguments)
         found = conn.execute(command).fetchone()
         conn.execute("DEALLOCATE it")
     assert found
     plan: dict[str, Any] = found[0][0]["Plan"]
-    return plan
+    return plan, may_prepare
 
 
 def scans(plan: dict[str, Any], *tables: str) -> Iterator[dict[str, Any]]:

@@ -66,11 +66,21 @@ def test_a_delete_without_a_valid_filter_is_422(alice: Person) -> None:
     assert alice.list() == [task]
 
 
-def test_a_delete_of_more_than_a_page_answers_all(alice: Person) -> None:
-    for _ in range(2):
-        alice.request("POST", json=[{"title": "t"}] * 600)
-    assert len(delete(alice, "is_completed=false").json) == 1200
-    assert alice.list() == []
+def test_a_delete_ends_after_a_page_and_links_to_the_next(alice: Person, bob: Person) -> None:
+    """A page has 1,000 tasks, or about 2 MiB. The oldest go first, and nothing goes that is not answered."""
+    kept, theirs = alice.create(is_completed=True), bob.create()
+    ids = [task["id"] for _ in range(2) for task in alice.request("POST", json=[{"title": "t"}] * 600).json]
+    ids += [alice.create(description="\x01" * 10_000)["id"] for _ in range(40)]  # 60 KB of JSON each
+    query, pages, tag = "is_completed=false&updated_since=2000-01-01T00%3A00%3A00Z", [], "*"
+    while tag:
+        response = delete(alice, query, If_Match=tag)
+        pages.append([task["id"] for task in response.json])
+        assert response.headers.get("Link") == (f'<{alice.tasks}?{query}>; rel="next"' if len(pages) < 3 else None)
+        if tag := response.headers.get("ETag", ""):
+            assert tag == alice.request("GET", query_string="limit=1").headers["ETag"]
+    assert [len(page) for page in pages] == [1000, 234, 6]
+    assert [id for page in pages for id in page] == ids
+    assert (alice.list(), bob.list()) == ([kept], [theirs])
 
 
 def test_a_delete_with_another_tag_than_the_lists_is_412(alice: Person) -> None:

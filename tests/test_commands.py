@@ -24,7 +24,7 @@ from taskapi.statements import load_sql
 from tests.clusters import Postgres
 from tests.issuers import Signer, publishing
 from tests.people import SECRET, UNREACHABLE, Person, running_app
-from tests.plans import ON_ROWS, REQUESTS
+from tests.plans import ON_ROWS, REQUESTS, USER_COLUMNS
 from tests.processes import PYTHON, TIMEOUT, environment, readme, shared_copy
 
 COMMANDS = ["check", "delete-user", "export", "metrics", "migrate", "token"]
@@ -337,10 +337,9 @@ def test_export_has_no_statement_timeout(app: Flask, ann: Person, monkeypatch: p
 
 
 def rows_of(postgres: Postgres, user: str) -> list[int]:
-    """How many rows each table has of a user."""
-    columns = {"users": "id", "tasks": "user_id", "first_answers": "user_id"}
+    """How many rows users, tasks, deletions and keys have of a user."""
     count = "SELECT count(*) FROM taskapi.{} WHERE {} = %s"
-    return [postgres.run(count.format(*one), user)[0][0] for one in columns.items()]
+    return [postgres.run(count.format(*one), user)[0][0] for one in USER_COLUMNS.items()]
 
 
 def test_delete_user_removes_all_rows_of_that_user_and_no_other(
@@ -350,12 +349,13 @@ def test_delete_user_removes_all_rows_of_that_user_and_no_other(
     ben = Person(ann.client, f"ben-{secrets.token_hex(6)}")
     for person in (ben, ann):
         person.create()
+        assert person.request("DELETE", f"/{person.create()['id']}").status_code == 200
         assert person.request("POST", json={"title": "t"}, headers={"Idempotency-Key": "k"}).status_code == 201
     caplog.clear()
     tag = ann.request("GET").headers["ETag"]
     result = run(app, "delete-user", ann.user, "--yes")
     assert (result.exit_code, result.output) == (0, f"deleted '{ann.user}', tasks: 2\n")
-    assert (rows_of(postgres, ann.user), rows_of(postgres, ben.user)) == ([0, 0, 0], [1, 2, 1])
+    assert (rows_of(postgres, ann.user), rows_of(postgres, ben.user)) == ([0] * 4, [1, 2, 1, 1])
     [record] = [record for record in caplog.records if record.getMessage() == "user deleted"]
     assert (record.__dict__["user"], record.__dict__["count"]) == (ann.user, 2)
     assert ann.list() == []
@@ -371,14 +371,14 @@ def test_delete_user_asks_first(app: Flask, postgres: Postgres, ann: Person, ans
     assert result.exit_code == (0 if is_yes else 1)
     assert result.stdout.startswith(f"Delete '{ann.user}' with all of their tasks? [y/N]: ")
     assert ("Aborted!" in result.stderr) == (not is_yes)
-    assert rows_of(postgres, ann.user) == ([0, 0, 0] if is_yes else [1, 1, 0])
+    assert rows_of(postgres, ann.user) == ([0] * 4 if is_yes else [1, 1, 0, 0])
 
 
 def test_delete_user_waits_for_a_change_in_progress(app: Flask, postgres: Postgres, ann: Person) -> None:
     """The task that it creates is deleted and counted. After the lock timeout nothing is deleted."""
     ann.create()
     with psycopg.connect(postgres.url) as conn:
-        conn.execute("UPDATE taskapi.users SET version = version + 1 WHERE id = %s", [ann.user])
+        conn.execute("UPDATE taskapi.users SET clock = clock + 1 WHERE id = %s", [ann.user])
         conn.execute("INSERT INTO taskapi.tasks (user_id, title) VALUES (%s, 'late')", [ann.user])
         result = run(app, "delete-user", ann.user, "--yes")
         assert (result.exit_code, result.output) == (1, "Error: canceling statement due to lock timeout\n")
@@ -387,10 +387,10 @@ def test_delete_user_waits_for_a_change_in_progress(app: Flask, postgres: Postgr
             postgres.wait_for_backends("transactionid")
             conn.commit()
         assert waiting.result().output == f"deleted '{ann.user}', tasks: 2\n"
-    assert rows_of(postgres, ann.user) == [0, 0, 0]
+    assert rows_of(postgres, ann.user) == [0] * 4
 
 
 def test_no_request_deletes_a_user() -> None:
     deleting = {name for name in ON_ROWS if b"DELETE FROM taskapi.users" in load_sql(name)}
     assert deleting == {"delete_user"}
-    assert not deleting & {name for name, _, _ in REQUESTS}
+    assert not deleting & {name for name, _ in REQUESTS}

@@ -25,7 +25,8 @@ from tests.processes import copied, serving
 ORIGIN = "https://app.example.com"
 LOCAL = "http://127.0.0.1:5173"
 EXPOSED = {
-    *("Location", "ETag", "Link", "X-Total-Count", "Retry-After", "WWW-Authenticate", "RateLimit", "RateLimit-Policy")
+    *("Location", "ETag", "Link", "Sync-Time", "X-Total-Count", "Retry-After", "WWW-Authenticate"),
+    *("RateLimit", "RateLimit-Policy"),
 }
 ALLOWED = {"Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key"}
 JSON = "application/json"

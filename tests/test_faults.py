@@ -528,13 +528,12 @@ def test_full_disk_allows_reads_and_no_creates(server: Server, postgres: Postgre
 # Schemas and errors
 
 
-def test_new_column_appears_at_once(server: Server, postgres: Postgres) -> None:
-    """Prepared statements notice a migration of the estate's own."""
-    for _ in range(10):
-        assert create(server).status == 201
+def test_new_column_changes_no_answer(server: Server, postgres: Postgres) -> None:
+    """Nor does it break prepared statements: the members are named, whatever columns there are."""
+    members = [[*create(server).json] for _ in range(10)]
     with changed(postgres, "ALTER TABLE taskapi.tasks ADD extra integer", "ALTER TABLE taskapi.tasks DROP extra"):
-        assert ["extra" in create(server).json for _ in range(10)] == [True] * 10
-    assert ["extra" in create(server).json for _ in range(10)] == [False] * 10
+        assert [[*create(server).json] for _ in range(10)] == members
+    assert [[*create(server).json] for _ in range(10)] == members
 
 
 STATES = {

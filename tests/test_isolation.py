@@ -20,76 +20,117 @@ from taskapi.db import DatabaseUnavailable, UnexpectedDatabaseError
 from taskapi.migrations import migrate
 from taskapi.statements import load_sql
 from tests.people import Person, assert_problem, running_app
-from tests.plans import ON_ROWS
-
-TABLES = {"tasks": "user_id", "first_answers": "user_id", "users": "id"}
-"""Each table with rows of users, and the column that names the user."""
+from tests.plans import AFTER, ON_ROWS, USER_COLUMNS, VALUES
 
 CONDITION = re.compile(r"(?:\w+\.)?(?:user_id|id) = %\(user_id\)s")
+WITHOUT_FILTERS = [(name, load_sql(name)) for name in ON_ROWS if name != "list_unfolded_tasks"]
+LISTS = ("list_tasks", "list_large_tasks")
+COMPOSED = [
+    *((name, load_sql(name, options=(option,))) for name in LISTS for option in ("after", "count")),
+    *((name, load_sql(name, tuple(VALUES), options=("after", "count"))) for name in LISTS),
+    *((name, load_sql(name, sort="-title", options=("after", "count"))) for name in LISTS),
+    ("delete_tasks", load_sql("delete_tasks", tuple(VALUES))),
+]
 WITHOUT_ONE_CONDITION = [
-    (name, text[: match.start()] + "true" + text[match.end() :])
-    for name, text in ((name, load_sql(name).decode()) for name in ON_ROWS)
+    (name, text, text[: match.start()] + "true" + text[match.end() :])
+    for name, text in ((name, text.decode()) for name, text in WITHOUT_FILTERS + COMPOSED)
     for match in CONDITION.finditer(text)
 ]
-"""Every statement once for each comparison with the user, without that comparison."""
+"""Every statement as it is composed, once for each comparison with the user, with and without that comparison."""
 
 
 def rows_of(conn: psycopg.Connection, person: Person) -> list[Any]:
     """All rows of a user, as the owner of the database sees them."""
-    commands = [f"SELECT * FROM taskapi.{table} WHERE {column} = %s ORDER BY 1" for table, column in TABLES.items()]
+    commands = [
+        f"SELECT * FROM taskapi.{table} WHERE {column} = %s ORDER BY 1" for table, column in USER_COLUMNS.items()
+    ]
     return [conn.execute(command.encode(), [person.user]).fetchall() for command in commands]
+
+
+def fill(person: Person) -> dict[str, Any]:
+    """Makes a row of the user in every table. Returns the task."""
+    created = person.request("POST", json={"title": "gone"}, headers={"Idempotency-Key": "filled"})
+    assert person.request("DELETE", f"/{created.json['id']}").status_code == 200
+    return person.create("theirs", tags=["x"], due_at="2026-12-24T18:00:00Z")
 
 
 def begin_as(conn: psycopg.Connection, user: str) -> None:
     conn.execute(load_sql("begin_as_user"), {"user_id": user})
 
 
-@pytest.mark.parametrize(("name", "text"), WITHOUT_ONE_CONDITION, ids=[name for name, _ in WITHOUT_ONE_CONDITION])
+@pytest.mark.parametrize(
+    ("name", "text", "mutant"),
+    WITHOUT_ONE_CONDITION,
+    ids=[f"{number} {name}" for number, (name, _, _) in enumerate(WITHOUT_ONE_CONDITION)],
+)
 def test_the_policies_hold_without_a_condition_of_a_statement(
-    alice: Person, bob: Person, conn: psycopg.Connection, name: str, text: str
+    alice: Person, bob: Person, conn: psycopg.Connection, name: str, text: str, mutant: str
 ) -> None:
-    mine, theirs = alice.create("mine"), bob.create("theirs")
-    assert bob.request("POST", json={"title": "once"}, headers={"Idempotency-Key": "k"}).status_code == 201
-    own = conn.execute("SELECT version FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
+    mine, theirs = fill(alice), fill(bob)
+    for person, key in ((alice, "k"), (bob, "k"), (bob, "old")):
+        assert person.request("POST", json={"title": "t"}, headers={"Idempotency-Key": key}).status_code == 201
+    for change in (
+        f"UPDATE taskapi.users SET nonce = 7 WHERE id IN ('{alice.user}', '{bob.user}')",
+        f"UPDATE taskapi.idempotency_keys SET ids = ids || {theirs['id']}::bigint WHERE user_id = '{alice.user}'",
+        f"UPDATE taskapi.idempotency_keys SET created_at = '2020-01-01' WHERE (user_id, key) = ('{bob.user}', 'old')",
+        *(f"INSERT INTO taskapi.deletions VALUES ('{person.user}', '2020-01-01', 1)" for person in (alice, bob)),
+    ):
+        conn.execute(change.encode())
     before = rows_of(conn, bob)
-    params: dict[str, Any] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text))
-    params |= {"tasks": json.dumps([{"title": "t", "is_completed": True, "priority": "none", "tags": []}])}
-    params |= {"sort": "created_at", "limit": 9, "key": "k" if name == "get_first_answer" else None}
-    params |= {"user_id": alice.user, "id": theirs["id"], "changes": json.dumps({"title": "stolen"})}
-    with conn.transaction():
-        begin_as(conn, alice.user)
-        row = conn.execute(text.encode(), params).fetchone()
-    assert rows_of(conn, bob) == before
-    found = row and (json.loads(row[0]) if name == "export_tasks" else row[0])
-    expected = {"list_tasks": [mine], "delete_tasks": [mine], "export_tasks": mine, "get_user": own and own[0]}
-    expected |= {"lock_user": alice.user, "delete_user": 1}
-    assert found == expected.get(name) or name == "create_tasks"
+    params: dict[str, Any] = dict.fromkeys(re.findall(r"%\((\w+)\)s", text)) | VALUES
+    texts = {f"search_{member}": "stolen" for member in ("title", "description", "tags")}
+    params |= {"tasks": json.dumps([{"title": "t", "is_completed": True, "priority": "none", "tags": [], **texts}])}
+    params |= {"limit": 9, "since": "2000-01-01", "nonce": 7, "changes": json.dumps({"title": "stolen"})}
+    params |= {
+        "key": "new" if name == "create_tasks" else "k",
+        "digest": "d",
+        "user_id": alice.user,
+        "id": theirs["id"],
+    }
+    params |= {"after": "zzz", "after_id": 1} if "t.title COLLATE" in text else AFTER
+    params |= texts
+
+    # Apart from the ids, times and tags that a change makes.
+    part = {"create_tasks": slice(3, None), "update_task": slice(0), "delete_tasks": slice(3)}.get(name, slice(None))
+
+    def run(text: str, id: int) -> Any:
+        with conn.transaction(force_rollback=True):
+            begin_as(conn, alice.user)
+            cursor = conn.execute(text.encode(), {**params, "id": id})
+            rows: list[Any] = cursor.fetchall() if cursor.description else []
+            conn.execute("RESET role")
+            assert rows_of(conn, bob) == before
+            return [row[part] for row in rows], [len(table) for table in rows_of(conn, alice)]
+
+    for task in (mine, theirs):
+        assert run(mutant, task["id"]) == run(text, task["id"])
 
 
 @pytest.mark.parametrize("command", ["SELECT * FROM {}", "UPDATE {} SET updated_at = now()", "DELETE FROM {}"])
 def test_a_statement_without_any_condition_touches_only_own_rows(
     alice: Person, bob: Person, conn: psycopg.Connection, command: str
 ) -> None:
-    alice.create()
-    bob.create()
+    for person in (alice, bob):
+        fill(person)
     before = rows_of(conn, bob)
-    for table in ("tasks", "users"):  # a deleted user takes rows of other tables along, by a cascade that has no policy
+    for table in ("tasks", "users") if "updated_at" in command else USER_COLUMNS:
         with conn.transaction(force_rollback=True):
             begin_as(conn, alice.user)
             assert conn.execute(command.format(f"taskapi.{table}").encode()).rowcount == 1
             conn.execute("RESET role")
             assert rows_of(conn, bob) == before
-            assert rows_of(conn, alice) == [[], [], []] or (command, table) != ("DELETE FROM {}", "users")
+            # A deleted user takes rows of other tables along, by a cascade that has no policy.
+            assert rows_of(conn, alice) == [[]] * 4 or (command, table) != ("DELETE FROM {}", "users")
 
 
 def test_without_a_user_there_are_no_rows(alice: Person, conn: psycopg.Connection) -> None:
-    alice.create()
+    fill(alice)
     with conn.transaction():
         conn.execute("SET LOCAL role taskapi_user")
         for user in (None, "", "unknown"):
             if user is not None:
                 begin_as(conn, user)
-            for table in TABLES:
+            for table in USER_COLUMNS:
                 assert conn.execute(f"SELECT * FROM taskapi.{table}".encode()).fetchall() == []
 
 
@@ -98,6 +139,8 @@ def test_without_a_user_there_are_no_rows(alice: Person, conn: psycopg.Connectio
     [
         *("INSERT INTO taskapi.tasks (user_id, title) VALUES ('{}', 't')", "UPDATE taskapi.tasks SET user_id = '{}'"),
         *("INSERT INTO taskapi.users (id) VALUES ('{}x')", "UPDATE taskapi.users SET id = '{}'"),
+        "INSERT INTO taskapi.deletions (user_id, deleted_at, id) VALUES ('{}', now(), 1)",
+        "INSERT INTO taskapi.idempotency_keys (user_id, key, digest, ids) VALUES ('{}', 'k', '', '{{1}}')",
         *("TRUNCATE taskapi.tasks", "DROP TABLE taskapi.tasks", "CREATE TABLE taskapi.t ()"),
     ],
 )
@@ -122,14 +165,14 @@ def test_the_role_has_no_rights_of_its_own_and_every_table_forces_its_policy(con
         SELECT relname, relrowsecurity AND relforcerowsecurity
         FROM pg_class WHERE relnamespace = 'taskapi'::regnamespace AND relkind IN ('r', 'p')
     """).fetchall()
-    assert dict(tables) == {**dict.fromkeys(TABLES, True), "migrations": False}
+    assert dict(tables) == {**dict.fromkeys(USER_COLUMNS, True), "migrations": False}
 
 
 def test_the_statements_hold_without_the_policies(new_database: Callable[..., str]) -> None:
-    assert {name for name, _ in WITHOUT_ONE_CONDITION} == set(ON_ROWS)
+    assert {name for name, _, _ in WITHOUT_ONE_CONDITION} == {*ON_ROWS} - {"upsert_user", "list_unfolded_tasks"}
     with running_app(new_database(migrated=True)) as app:
         with get_api(app).database.connect() as conn:
-            for table in TABLES:
+            for table in USER_COLUMNS:
                 conn.execute(f"ALTER TABLE taskapi.{table} DISABLE ROW LEVEL SECURITY".encode())
         ann, ben = (Person(app.test_client(), user) for user in ("ann", "ben"))
         task = ben.create("ben's")
@@ -199,7 +242,7 @@ SETTINGS = """
 def test_no_setting_outlasts_a_request(
     app: Flask, monkeypatch: pytest.MonkeyPatch, sql: bytes, error: type[Exception] | None
 ) -> None:
-    monkeypatch.setattr(statements, "load_sql", lambda name: sql if name == "it" else load_sql(name))
+    monkeypatch.setattr(statements, "load_sql", lambda name, *rest: sql if name == "it" else load_sql(name, *rest))
     database = get_api(app).database
     with pytest.raises(error) if error else contextlib.nullcontext():
         database.run("it", {"user_id": "ann"}, time.monotonic() + 5)

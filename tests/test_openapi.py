@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
@@ -29,6 +30,7 @@ Document = dict[str, Any]
 Operations = dict[str, tuple[str, str, dict[str, Any]]]
 
 HTTP_HEADERS = {"Content-Type", "Content-Length"}  # of HTTP, not of the API
+SINCE = "2000-01-01T00:00:00Z"
 JSON = {"content_type": "application/json"}
 
 
@@ -101,7 +103,7 @@ def test_operations_are_the_routes(app: Flask, operations: Operations) -> None:
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     assert {(path, method) for path, method, _ in operations.values()} == routes
-    assert len(operations) == len(routes) == 9
+    assert len(operations) == len(routes) == 10
 
 
 def test_schemas_have_the_members_and_defaults_of_a_new_task(document: Document, alice: Person) -> None:
@@ -181,7 +183,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "an unknown id": {"id": 2**62},
 }
 BODIES = {"create_task": {"title": "t"}, "update_task": {"title": "u"}, "complete_task": {}}
-OPERATIONS = [*BODIES, "list_tasks", "delete_tasks", "get_task", "delete_task", "livez", "readyz"]
+REQUIRED = {"delete_tasks": "is_completed=false", "list_deletions": f"since={SINCE}"}
+OPERATIONS = [*BODIES, "list_tasks", "delete_tasks", "list_deletions", "get_task", "delete_task", "livez", "readyz"]
 
 
 def ask(client: FlaskClient, name: str, path: str, method: str, request: dict[str, Any], id: int = 0) -> Answer:
@@ -191,11 +194,22 @@ def ask(client: FlaskClient, name: str, path: str, method: str, request: dict[st
     path = path.format(user_id=ann.user, id=request.pop("id"))
     if (headers := request.pop("headers", None)) != {}:  # a request without a token
         headers = {"Authorization": f"Bearer {ann.token}", **(headers or {})}
-    if name == "delete_tasks":
-        request.setdefault("query_string", "is_completed=false")
+    if name in REQUIRED:
+        request["query_string"] = "&".join([REQUIRED[name], *filter(None, [request.get("query_string")])])
     if BODIES.get(name) and "data" not in request:
         request.setdefault("json", BODIES[name])
     return ann.open(path, method=method, headers=headers, **request)
+
+
+def gone(client: FlaskClient, conn: psycopg.Connection, name: str) -> Answer:
+    """The answer to a repeat whose task was deleted, or for deletions that are no longer kept."""
+    ann = Person(client, f"ann-{secrets.token_hex(6)}")
+    repeat: dict[str, Any] = {"json": {"title": "t"}, "headers": {"Idempotency-Key": "k"}}
+    ann.request("DELETE", f"/{ann.request('POST', **repeat).json['id']}")
+    if name == "create_task":
+        return ann.request("POST", **repeat)
+    conn.execute("UPDATE taskapi.users SET deletions_cleared = clock WHERE id = %s", [ann.user])
+    return ann.open(f"/api/{ann.user}/deletions", query_string={"since": SINCE})
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +223,7 @@ def no_database() -> Iterator[FlaskClient]:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_documented_statuses_are_those_that_are_answered(
     name: str, document: Document, operations: Operations, client: FlaskClient, no_database: FlaskClient,
-    database_url: str, monkeypatch: pytest.MonkeyPatch,
+    database_url: str, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     assert sorted(operations) == sorted(OPERATIONS)
     path, method, operation = operations[name]
@@ -218,6 +232,7 @@ def test_documented_statuses_are_those_that_are_answered(
     with running_app(database_url, rate_limit="2/minute") as limited:  # two tasks
         answers.append(ask(limited.test_client(), name, path, method, {}))
     answers.append(ask(no_database, name, path, method, {}, id=1))
+    answers += [gone(client, conn, name)] if name in ("create_task", "list_deletions") else []
     monkeypatch.setattr("taskapi.db.Database.run", lambda *_, **__: 1 / 0)
     answers.append(ask(client, name, path, method, {}, id=1))
     for answer in answers:
@@ -262,7 +277,7 @@ def test_schemathesis_finds_nothing(database_url: str, tmp_path: Path) -> None:
         command += ["--checks=all", "--max-examples=5", "--generation-deterministic"]
         command += ["--suppress-health-check=too_slow"]  # depends on the machine
         command += ["--header", f"Authorization: Bearer {mint(user)}"]
-        assert "Tested: 9" in run(command, tmp_path, environment(HOME=str(tmp_path)))
+        assert "Tested: 10" in run(command, tmp_path, environment(HOME=str(tmp_path)))
         assert server.complaints == []
 
 
@@ -288,7 +303,13 @@ def test_generated_client_compiles_and_does_the_tour(document: Document, databas
         output = run(["node", "tour.js"], client, env | {"URL": server.url, "USER": user, "TOKEN": mint(user)})
     stale = "It was changed since you read it. Nothing was changed now."
     expected = {"changed": "about the boat", "completed": True, "same": True, "chosen": ["Sail"]}
-    assert json.loads(output) == {**expected, "stale": stale, "deleted": True, "rest": ["Paint", "Sail"]}
+    assert json.loads(output) == {
+        **expected,
+        "stale": stale,
+        "deleted": True,
+        "gone": [True] * 3,
+        "rest": ["Paint", "Sail"],
+    }
 
 
 @needs_node

@@ -1,4 +1,4 @@
-"""Idempotency-Key: a repeated create gets the first answer again, and creates nothing."""
+"""Idempotency-Key: a repeated create answers the tasks of the first as they are now, and creates nothing."""
 
 import secrets
 from concurrent.futures import ThreadPoolExecutor
@@ -27,21 +27,42 @@ def assert_same(first: Answer, second: Answer) -> None:
 
 
 def keys(conn: psycopg.Connection, person: Person) -> list[str]:
-    found = conn.execute("SELECT key FROM taskapi.first_answers WHERE user_id = %s ORDER BY key", [person.user])
+    found = conn.execute("SELECT key FROM taskapi.idempotency_keys WHERE user_id = %s ORDER BY key", [person.user])
     return [key for (key,) in found]
 
 
 @pytest.mark.parametrize("body", [{"title": "t", "tags": ["x"]}, ARRAY, []])
-def test_a_repeat_gets_the_first_answer_and_creates_nothing(alice: Person, body: Any) -> None:
+def test_a_repeat_answers_the_tasks_as_they_are_now_and_creates_nothing(alice: Person, body: Any) -> None:
     first = create(alice, "k", body)
     before, tag = alice.list(), alice.request("GET").headers["ETag"]
     for _ in range(2):
         assert_same(first, create(alice, "k", body))
     assert alice.list() == before
     assert alice.request("GET").headers["ETag"] == tag
-    alice.request("DELETE", query_string="is_completed=false")
-    assert_same(first, create(alice, "k", body))
+    tasks = first.json if isinstance(body, list) else [first.json]
+    for number, task in enumerate(tasks):
+        path = f"/{task['id']}"
+        changed = alice.request("PUT", path, json={"title": "changed", "is_completed": True})
+        again = create(alice, "k", body)
+        assert (again.status_code, again.headers.get("Location")) == (201, first.headers.get("Location"))
+        assert again.json == ([changed.json, *tasks[number + 1 :]] if isinstance(body, list) else changed.json)
+        assert again.headers.get("ETag") == (None if isinstance(body, list) else changed.headers["ETag"])
+        alice.request("DELETE", path)
+    if tasks:
+        assert_problem(create(alice, "k", body), 410)
+    else:
+        assert_same(first, create(alice, "k", body))
     assert alice.list() == []
+
+
+def test_a_repeat_answers_one_page_and_links_to_the_rest(alice: Person) -> None:
+    body = [{"title": f"{n}"} for n in range(40)]
+    for task in create(alice, "k", body).json:  # each gets 60 KB of JSON
+        assert alice.request("PUT", f"/{task['id']}", json={"description": "\x01" * 10_000}).status_code == 200
+    again = create(alice, "k", body)
+    assert (again.status_code, len(again.json)) == (201, 35)
+    rest = alice.open(again.headers["Link"].partition(">")[0].strip("<"))
+    assert [task["title"] for task in again.json + rest.json] == [task["title"] for task in body]
 
 
 def test_another_body_with_a_used_key_is_422(alice: Person, bob: Person) -> None:
@@ -132,16 +153,29 @@ def test_the_next_server_gives_the_answer_that_a_killed_one_did_not_send(
     assert tasks == [answers[0].json] == [answers[1].json]
 
 
-def test_a_key_is_kept_for_a_day_and_cleared_by_the_next(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
+def test_a_key_is_kept_for_a_day_and_cleared_by_the_next_change(
+    alice: Person, bob: Person, conn: psycopg.Connection
+) -> None:
     hours = "CASE key WHEN 'old' THEN 24.1 ELSE 23.9 END"
-    first = {key: create(alice, key) for key in ("old", "young")}
+    changes: list[tuple[str, str, Any]] = [
+        *(("POST", "", {"title": "t"}), ("PUT", "/{}", {"title": "u"}), ("PATCH", "/{}/complete", None)),
+        *(("DELETE", "/{}", None), ("DELETE", "?is_completed=false", None)),
+    ]
     create(bob, "old")
-    command = f"UPDATE taskapi.first_answers SET created_at = now() - {hours} * interval '1 hour' WHERE user_id = %s"
-    conn.execute(command.encode(), [alice.user])
-    alice.create()  # without a key
-    assert keys(conn, alice) == ["old", "young"]
-    create(alice, "new")
-    assert keys(conn, alice) == ["new", "young"]
-    assert_same(first["young"], create(alice, "young"))
-    assert create(alice, "old").json["id"] != first["old"].json["id"]
+    for number, (method, path, body) in enumerate(changes):
+        person = Person(alice.client, f"{alice.user}-{number}")
+        first = {key: create(person, key) for key in ("old", "young")}
+        command = (
+            f"UPDATE taskapi.idempotency_keys SET created_at = now() - {hours} * interval '1 hour' WHERE user_id = %s"
+        )
+        conn.execute(command.encode(), [person.user])
+        conn.execute("UPDATE taskapi.users SET expires = 1 WHERE id = %s", [person.user])
+        person.list()
+        assert keys(conn, person) == ["old", "young"]
+        assert_same(first["young"], create(person, "young"))
+        if number == 0:  # an old key is free again, whether or not anything has cleared it
+            assert create(person, "old").json["id"] != first["old"].json["id"]
+            continue
+        assert person.request(method, path.format(first["old"].json["id"]), json=body).status_code == 200
+        assert keys(conn, person) == ["young"]
     assert keys(conn, bob) == ["old"]

@@ -34,9 +34,8 @@ const changed = good(
   await client.PUT("/api/{user_id}/tasks/{id}", { params: { path }, body: { ...created, description: "about the boat" } }),
 );
 good(await client.PATCH("/api/{user_id}/tasks/{id}/complete", { params: { path } }));
-const completed: Task = good(
-  await client.PATCH("/api/{user_id}/tasks/{id}/complete", { params: { path }, body: { is_completed: true } }),
-);
+const done = await client.PATCH("/api/{user_id}/tasks/{id}/complete", { params: { path }, body: { is_completed: true } });
+const completed: Task = good(done);
 const again = await client.GET("/api/{user_id}/tasks/{id}", { params: { path } });
 const chosen: Task[] = good(
   await client.GET("/api/{user_id}/tasks", {
@@ -48,15 +47,19 @@ const deleted: Task = good(await client.DELETE("/api/{user_id}/tasks/{id}", { pa
 const rest: Task[] = good(
   await client.DELETE("/api/{user_id}/tasks", { params: { path: person, query: { is_completed: false } } }),
 );
+const since = good(
+  await client.GET("/api/{user_id}/deletions", { params: { path: person, query: { since: created.created_at } } }),
+);
 
 console.log(
   JSON.stringify({
     changed: changed.description,
     completed: completed.is_completed,
-    same: again.response.headers.get("ETag") === JSON.stringify(completed.updated_at),
+    same: again.response.headers.get("ETag") === done.response.headers.get("ETag"),
     chosen: chosen.map((task) => task.title),
     stale: stale.error?.detail,
     deleted: deleted.id === created.id,
+    gone: since.map((deletion) => [deleted, ...rest].some((task) => task.id === deletion.id)),
     rest: rest.map((task) => task.title),
   }),
 );

@@ -14,18 +14,20 @@ from fastapi import FastAPI, HTTPException, Request, Response
 
 from tests.benchmarks.stacks.common import Changes, NewTask, User
 
-LIST = """
+MEMBERS = "id, user_id, title, description, is_completed, created_at, updated_at, due_at, priority, tags, completed_at"
+JSON = f"(SELECT row_to_json(m) FROM (SELECT {MEMBERS}) AS m)"
+LIST = f"""
     SELECT coalesce(json_agg(t), '[]')
-    FROM (SELECT * FROM taskapi.tasks WHERE user_id = $1 ORDER BY created_at, id) AS t
+    FROM (SELECT {MEMBERS} FROM taskapi.tasks WHERE user_id = $1 ORDER BY created_at, id) AS t
 """
-GET = "SELECT row_to_json(t) FROM taskapi.tasks AS t WHERE user_id = $1 AND id = $2"
-CREATE = """
+GET = f"SELECT {JSON} FROM taskapi.tasks AS t WHERE user_id = $1 AND id = $2"
+CREATE = f"""
     WITH owner AS (INSERT INTO taskapi.users (id) VALUES ($1) ON CONFLICT DO NOTHING)
     INSERT INTO taskapi.tasks AS t (user_id, title, description, is_completed, due_at, priority, tags, completed_at)
     VALUES ($1, $2, $3, $4, $5, $6, $7, CASE WHEN $4 THEN now() END)
-    RETURNING id, row_to_json(t) AS task
+    RETURNING id, {JSON} AS task
 """
-UPDATE = """
+UPDATE = f"""
     UPDATE taskapi.tasks AS t
     SET (title, description, is_completed, due_at, priority, tags, completed_at) = (
             SELECT n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,
@@ -34,13 +36,13 @@ UPDATE = """
         ),
         updated_at = now()
     WHERE user_id = $1 AND id = $2
-    RETURNING row_to_json(t)
+    RETURNING {JSON}
 """
-COMPLETE = """
+COMPLETE = f"""
     UPDATE taskapi.tasks AS t
     SET is_completed = NOT is_completed, completed_at = CASE WHEN NOT is_completed THEN now() END, updated_at = now()
     WHERE user_id = $1 AND id = $2
-    RETURNING row_to_json(t)
+    RETURNING {JSON}
 """
 
 
