@@ -100,8 +100,8 @@ class Channel(HTTPChannel):
         """Closes the buffer, and with it the file, of an answer that is sent. waitress would keep both."""
         with self.outbuf_lock:
             if self.connected and self.current_outbuf_count and not self.total_outbufs_len:
-                self.outbufs.pop().close()
-                self.outbufs.append(OverflowableBuffer(self.adj.outbuf_overflow))
+                sent, self.outbufs[-1] = self.outbufs[-1], OverflowableBuffer(self.adj.outbuf_overflow)
+                sent.close()  # after it is replaced: the main loop reads outbufs without the lock
                 self.current_outbuf_count = 0
 
     def is_idle(self) -> bool:
