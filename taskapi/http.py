@@ -48,7 +48,9 @@ class Parser(HTTPRequestParser):
             # the next request on the connection to it, including `Authorization`.
             expects_continue, self.expect_continue = self.expect_continue, False
         self._check_framing(_TRANSFER_ENCODING.findall(header_plus))
-        is_too_large = self.content_length > self._max_body()
+        # Without a token the answer is 401, and no large body is held in memory for it.
+        has_token = self.headers.get("AUTHORIZATION", "")[:7].lower() == "bearer "
+        is_too_large = self.content_length > (self._max_body() if has_token else MAX_BODY)
         self.expect_continue = expects_continue and not is_too_large and (self.chunked or self.content_length > 0)
         if self.content_length > MAX_DISCARDED or (is_too_large and expects_continue):
             self._complete_without_body(self.content_length)
