@@ -205,6 +205,7 @@ def test_client_that_does_not_read_is_closed(hasty: Server, long: bytes) -> None
     with Wire(hasty.url) as wire:
         wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
         assert wire.send(GET).answer().status == 200
+        time.sleep(0.2)  # until the connections of the test before are closed
         before, started = count_descriptors(hasty.popen.pid), time.monotonic()
         wire.send(long).sock.recv(1, socket.MSG_PEEK)
         wait_until(lambda: count_descriptors(hasty.popen.pid) < before, "the connection is closed")
