@@ -34,6 +34,7 @@ from .schemas import MAX_BULK
 MAX_CONNECTIONS = 2_000  # open at most; fewer if the limit of file descriptors is low
 REQUEST_TIMEOUT = 30  # seconds to receive a whole request, to send a whole answer, and to wait for the next request
 LINGER = 1  # seconds for which a stopping server keeps idle connections: a client may have sent a request already
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DRAIN_TIMEOUT = 30  # seconds for which a stopping server waits for requests in progress and unread answers
 
 WAITRESS: dict[str, Any] = {
@@ -238,7 +239,9 @@ def main(folder: Path) -> None:
     except ConfigError as error:
         sys.exit(f"taskapi: {error}")
     finally:
-        handle_stop_signals(signal.SIG_IGN)  # a second signal would change the exit status
+        # A second signal would change the exit status, or be reported if it came while its handler is replaced.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        handle_stop_signals(signal.SIG_IGN)
 
 
 def raise_connection_limit() -> int:
@@ -252,7 +255,7 @@ def raise_connection_limit() -> int:
 
 def handle_stop_signals(handler: Callable[..., object] | signal.Handlers) -> None:
     """Sets the handler of each signal that stops the server, except where it is ignored (nohup)."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 
