@@ -139,6 +139,8 @@ class Database:
             if conn.pgconn.parameter_status(b"client_encoding") != b"UTF8":
                 statements.insert(0, load_sql("use_utf8"))
             seconds = min(started + STATEMENT_DEADLINE, deadline) - time.monotonic()
+            if seconds <= 0:  # nothing is sent: the outcome of a change would be unknown
+                raise psycopg.OperationalError("no time is left for the statement")
             result = run_batch(conn, statements, params, seconds, may_prepare)
         except ConnectionLost:
             if self._owns_pool and time.monotonic() - started >= STATEMENT_DEADLINE:

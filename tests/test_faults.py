@@ -37,6 +37,8 @@ from tests.processes import Answer, Server, Wire, assert_problem, copied, reques
 from tests.servers import python_after, serving_with
 from tests.soak import Client, measure
 
+pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
+
 POOL = 8  # connections of a server to PostgreSQL, and requests that it serves at a time
 SLACK = 1  # seconds that a busy machine may add to any bound
 BOUND = POOL_TIMEOUT + STATEMENT_DEADLINE + SLACK  # seconds that any request may take, whatever happens

@@ -35,6 +35,8 @@ from tests.processes import (
 )
 from tests.servers import connect, create_long_list, listens, python_after, raise_timeouts, tasks_locked
 
+pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
+
 USER = f"waitress-{secrets.token_hex(6)}"
 TASKS = f"/api/{USER}/tasks"
 TOKEN = mint(USER)
