@@ -26,6 +26,8 @@ from taskapi.server import listen
 from tests.people import SECRET
 from tests.processes import PYTHON, ask, copied, environment, kill_all, processes_in, serving, started, wait_until
 
+pytestmark = pytest.mark.slow  # as a whole: each test starts a PostgreSQL
+
 TASKS = "/api/me/tasks"
 FLASK = (*PYTHON, "-m", "flask", "--app", "wsgi", "taskapi")
 CAP_DAC_OVERRIDE = 1 << 1  # that capability alone, as /proc/PID/status shows it
