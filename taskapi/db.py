@@ -134,14 +134,14 @@ class Database:
             if not self._schema_is_current:
                 check_schema(conn, min(started + STATEMENT_DEADLINE, deadline) - started)
                 self._schema_is_current = True
-            batch, may_prepare = build_batch(name, params)
+            batch, is_common = build_batch(name, params)
             statements = [load_sql("begin_as_user"), *batch]
             if conn.pgconn.parameter_status(b"client_encoding") != b"UTF8":
                 statements.insert(0, load_sql("use_utf8"))
             seconds = min(started + STATEMENT_DEADLINE, deadline) - time.monotonic()
             if seconds <= 0:  # nothing is sent: the outcome of a change would be unknown
                 raise psycopg.OperationalError("no time is left for the statement")
-            result = run_batch(conn, statements, params, seconds, may_prepare)
+            result = run_batch(conn, statements, params, seconds, is_common)
         except ConnectionLost:
             if self._owns_pool and time.monotonic() - started >= STATEMENT_DEADLINE:
                 self._pool.drain()  # the other connections probably do not answer either

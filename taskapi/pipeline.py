@@ -18,6 +18,8 @@ from psycopg import errors, pq
 
 _prepared: WeakKeyDictionary[psycopg.Connection[Any], set[bytes]] = WeakKeyDictionary()
 
+MAX_PREPARED = 100  # of a connection: each takes some 50 KB of PostgreSQL's memory
+
 
 class ConnectionLost(psycopg.OperationalError):
     """A connection broke or did not answer in time after statements were sent: their outcome is unknown."""
@@ -48,16 +50,16 @@ def run_batch(
     statements: Sequence[bytes],
     params: Mapping[str, Any],
     seconds: float,
-    may_prepare: bool = True,
+    is_common: bool = True,
 ) -> pq.abc.PGresult:
-    """Runs the statements as one transaction, commits it, and returns the result of the last statement, which is only
-    prepared if it `may_prepare`.
+    """Runs the statements as one transaction, commits it, and returns the result of the last statement. Statements are
+    prepared; the last one, unless it `is_common`, only while the connection has fewer than MAX_PREPARED.
 
     Raises psycopg.Error if PostgreSQL refused a statement: nothing was changed. Raises ConnectionLost, and closes the
     connection, after `seconds` or if the connection breaks: the outcome is unknown.
     """
     try:
-        sent = _send(conn, statements, params, may_prepare)
+        sent = _send(conn, statements, params, is_common)
         results = _receive(conn.pgconn, time.monotonic() + seconds)
         conn.pgconn.exit_pipeline_mode()
     except BaseException as error:
@@ -80,7 +82,7 @@ def run_batch(
 
 
 def _send(
-    conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any], may_prepare: bool
+    conn: psycopg.Connection[Any], statements: Sequence[bytes], params: Mapping[str, Any], is_common: bool
 ) -> list[bytes | None]:
     """Sends all statements. Returns, for each command sent, the name that it prepares, or None."""
     pgconn, prepared = conn.pgconn, _prepared.setdefault(conn, set())
@@ -88,7 +90,8 @@ def _send(
     sent: list[bytes | None] = []
     for number, (name, text, parameters) in enumerate(map(to_positional, statements), 1):
         values = [_encode(params[parameter]) for parameter in parameters]
-        if conn.prepare_threshold is None or (number == len(statements) and not may_prepare):
+        is_rare = number == len(statements) and not is_common
+        if conn.prepare_threshold is None or (is_rare and name not in prepared and len(prepared) >= MAX_PREPARED):
             pgconn.send_query_params(text, values)
         else:
             if name not in prepared:

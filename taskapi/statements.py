@@ -63,10 +63,10 @@ def inline_nulls(text: bytes, absent: tuple[str, ...]) -> bytes:
 
 
 def build_batch(name: str, params: dict[str, Any]) -> tuple[list[bytes], bool]:
-    """The statements that follow begin_as_user.sql to run sql/{name}.sql, and whether the last one may be prepared.
+    """The statements that follow begin_as_user.sql to run sql/{name}.sql, and whether the last one is common.
 
-    A statement with filters or a sort order is not prepared: there are too many of them, and the best plan depends on
-    the values. The others have a generic plan for all values of the parameters that are not None.
+    One with filters or a sort order is not: there are thousands of them. It is planned for its values. The others have
+    a generic plan for all values of the parameters that are not None.
     """
     absent = tuple(one for one, value in params.items() if value is None)
     batch = [inline_nulls(load_sql(one), absent) for one in BEFORE.get(name, ())]
