@@ -25,16 +25,26 @@ def guard() -> Response | None:
     try:
         user = _authenticate(context, api)
     except InvalidToken as error:
-        api.limits.count_refusal(request.remote_addr)
+        api.limits.count_refusal(request)
         return _unauthorized(str(error), f'{CHALLENGE}, error="invalid_token", error_description="{error}"')
     if user is None:
         return _unauthorized("A bearer token is required.", CHALLENGE)
     context.user = user
     if not _is_user_in_url(user, request):
+        api.limits.count_refusal(request)
         context.reason = "The token's subject does not match the user in the URL."
         return problem(403, context.reason)
     api.limits.count_request(user.id)
+    context.is_counted = True
     return None
+
+
+def end_request(_: object = None) -> None:
+    """The blueprint's teardown_request hook: lets the user's next request start."""
+    context, api = current_context(), get_api()
+    if context.is_counted and context.user:
+        seconds = 0 if api.database.is_down else context.database_seconds  # the user has not caused an outage
+        api.limits.concurrency.end(context.user.id, seconds, context.request.method == "GET")
 
 
 def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:
@@ -46,7 +56,7 @@ def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:
     if bearer and (user := api.verifier.cached_user(bearer[1])):
         context.token_cached = True
         return user
-    api.limits.check_refusals(context.request.remote_addr)  # before any cryptography
+    api.limits.check_refusals(context.request)  # before any cryptography
     if not bearer:
         raise InvalidToken("The token is malformed.")
     user = api.verifier.verify(bearer[1])

@@ -41,6 +41,7 @@ class RequestContext:
     reason: str | None = None  # why the request was refused, for the log
     deadline: float | None = None  # by time.monotonic(): when all its statements must have ended; set by the first
     database_seconds: float = 0.0
+    is_counted: bool = False  # whether it counts as a request in progress; see limits.Concurrency
     is_logged: bool = False  # whether the app logs a line for every request
 
 

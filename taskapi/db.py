@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 
 Row = tuple[bytes, ...]  # the columns in PostgreSQL's text format
 POOL_TIMEOUT = 2  # seconds that a request waits for a connection
+TEST_TIMEOUT = 0.5  # seconds to get another connection after one did not answer; otherwise the database is down
+RETRY_INTERVAL = 0.05  # seconds between two attempts to get a connection while the database is down
 # Seconds after which a connection that does not answer is closed. PostgreSQL's own timeouts (begin_as_user.sql) are
 # shorter; this one is for a backend that cannot apply them, or a network that is down.
 STATEMENT_DEADLINE = 4
@@ -80,7 +82,8 @@ class Database:
         self._pool = pool or make_pool(self._connection_args)
         self.max_connections = self._pool.max_size
         self._schema_is_current = False
-        self._is_down = False
+        self.is_down = False  # whether the last request that waited for a connection got none
+        self._next_retry = 0.0  # by time.monotonic()
         if self._owns_pool:
             weakref.finalize(self, self._pool.close)  # at exit at the latest: its threads would delay the exit
 
@@ -143,8 +146,8 @@ class Database:
                 raise psycopg.OperationalError("no time is left for the statement")
             result = run_batch(conn, statements, params, seconds, is_common)
         except ConnectionLost:
-            if self._owns_pool and time.monotonic() - started >= STATEMENT_DEADLINE:
-                self._pool.drain()  # the other connections probably do not answer either
+            if time.monotonic() - started >= STATEMENT_DEADLINE:
+                self._test_pool()
             raise
         except errors.ReadOnlySqlTransaction:
             if self._owns_pool:
@@ -156,20 +159,35 @@ class Database:
             return None
         return tuple(result.get_value(0, column) or b"" for column in range(result.nfields))
 
+    def _test_pool(self) -> None:
+        """After a connection did not answer in time: the others probably do not either, and new ones cannot be made."""
+        if self._owns_pool:
+            self._pool.drain()
+        try:
+            self._pool.putconn(self._pool.getconn(TEST_TIMEOUT))
+        except psycopg_pool.PoolTimeout:
+            self.is_down = True
+
     def _acquire(self, deadline: float = math.inf) -> psycopg.Connection[Any]:
-        """A working connection. Waits until `deadline`, at most POOL_TIMEOUT. After one full wait without success, all
-        requests wait only 10 ms until there is a connection again."""
-        timeout = 0.01 if self._is_down else max(0.01, min(deadline - time.monotonic(), POOL_TIMEOUT))
+        """A working connection. Waits until `deadline`, at most POOL_TIMEOUT. While the database is down, one request
+        looks for a connection every RETRY_INTERVAL. The others fail at once: they would hold all threads."""
+        now = time.monotonic()
+        timeout = max(0.01, min(deadline - now, POOL_TIMEOUT))
+        if self.is_down:
+            if now < self._next_retry:
+                raise psycopg_pool.PoolTimeout("the database is down")
+            self._next_retry = now + RETRY_INTERVAL
+            timeout = 0.01
         if self._owns_pool and self._pool.closed:
             self._pool.open()
         while True:
             try:
                 conn = self._pool.getconn(timeout)
             except psycopg_pool.PoolTimeout:
-                self._is_down |= timeout == POOL_TIMEOUT  # a shorter wait does not show that the database is down
+                self.is_down |= timeout == POOL_TIMEOUT  # a shorter wait does not show that the database is down
                 raise
             if not is_dead(conn):
-                self._is_down = False
+                self.is_down = False
                 return conn
             conn.close()
             self._pool.putconn(conn)  # the pool replaces it

@@ -1,18 +1,16 @@
 """Limits: the request rate of a user, the rate of refused tokens of a client, and the concurrent requests of a user."""
 
-import contextlib
 import functools
-import ipaddress
 import logging
 import math
-import queue
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from ipaddress import IPv6Address, IPv6Network, ip_network
 from typing import cast
 
-from flask import abort
+from flask import Request, abort
 from limits import RateLimitItem, parse
 from limits.errors import StorageError
 from limits.storage import Storage, storage_from_string
@@ -27,10 +25,15 @@ log = logging.getLogger(__name__)
 MAX_COUNTERS = 50_000  # in memory: about 300 bytes each, or 2,300 with the longest user id
 STORE_TIMEOUT = 0.25  # seconds that a request waits for a connection to the store, or for its answer
 STORE_COOLDOWN = 5  # seconds without rate limits after the store failed: in that time no request waits for it
-# The users of a group share its slots: slots for each user would have to be created and removed. The group is a hash of
-# the id, which differs in each process.
-SLOT_GROUPS = 1_024
-SLOT_TIMEOUT = 2  # seconds that a request waits for a slot
+# Where a proxy may be: loopback and private addresses (RFC 1918, RFC 4193).
+PRIVATE = [
+    ip_network(net) for net in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1", "fc00::/7")
+]
+# Seconds at the database from which on a request is slow: less does not keep others waiting. Changes wait for a disk.
+SLOW_READ, SLOW_CHANGE = 0.02, 0.05
+SHARE = 0.5  # of the time of one connection: slow requests that take more count against their user,
+TOLERANCE = 1  # from this number of seconds on,
+MAX_DEBT = 5  # and for this number of seconds at most
 
 
 class MemoryStore:
@@ -73,6 +76,51 @@ class MemoryStore:
                     del self._windows[key]
 
 
+class Concurrency:
+    """Counts the requests in progress, and refuses those of a user who would keep others waiting.
+
+    A user has at most half of the database connections, which are as many as the server's threads. Several users could
+    together have all of them. So a user whose slow requests take more than SHARE has only a quarter, and one while half
+    of all connections are in use.
+    """
+
+    def __init__(self, max_connections: int) -> None:
+        self._limit = max(1, max_connections // 2)
+        self._total = 0
+        self._counts: dict[str, int] = {}  # of the users with requests in progress
+        # By time.monotonic(), when SHARE will be as much as the user's slow requests took; the last change is the last.
+        self._paid_at: OrderedDict[str, float] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def start(self, user_id: str) -> bool:
+        """Counts a request, which must `end`. Returns False if it must be refused instead."""
+        with self._lock:
+            count, limit = self._counts.get(user_id, 0), self._limit
+            if self._paid_at.get(user_id, 0) > time.monotonic() + TOLERANCE:
+                limit = 1 if self._total >= limit else max(1, limit // 2)
+            if count >= limit:
+                return False
+            self._counts[user_id] = count + 1
+            self._total += 1
+        return True
+
+    def end(self, user_id: str, seconds: float, is_read: bool) -> None:
+        """Ends a request that took `seconds` at the database. Changes of one user wait for each other there."""
+        with self._lock:
+            count = self._counts.pop(user_id)
+            self._total -= 1
+            if count > 1:
+                self._counts[user_id] = count - 1
+            cost = seconds if is_read else seconds / count
+            if cost > (SLOW_READ if is_read else SLOW_CHANGE):
+                now = time.monotonic()
+                while self._paid_at and next(iter(self._paid_at.values())) < now:
+                    self._paid_at.popitem(last=False)
+                paid_at = max(now, self._paid_at.get(user_id, 0)) + cost / SHARE
+                self._paid_at[user_id] = min(paid_at, now + MAX_DEBT)
+                self._paid_at.move_to_end(user_id)
+
+
 class Limits:
     """The limits of one API. Rates are counted in memory, or in the store of RATE_LIMIT_STORAGE for several processes
     together. While the store cannot be reached there are no rate limits; that is logged."""
@@ -82,42 +130,42 @@ class Limits:
         self._refusals = parse(settings.rate_limit_refused)
         self._store = _open_store(settings.rate_limit_storage)
         self._store_disabled_until = 0.0
-        # The queues are used as semaphores. SimpleQueue is written in C; threading.Semaphore is written in Python and
-        # takes 10 µs per request.
-        self._slots: list[queue.SimpleQueue[None]] = [queue.SimpleQueue() for _ in range(SLOT_GROUPS)]
-        for slots in self._slots:
-            for _ in range(max(1, max_connections // 2)):
-                slots.put(None)
-
-    @contextlib.contextmanager
-    def slot(self, user_id: str) -> Iterator[None]:
-        """Holds a slot of the user, who can use half of the database connections at most. Ends the request with 429 if
-        no slot is free within SLOT_TIMEOUT."""
-        slots = self._slots[hash(user_id) % SLOT_GROUPS]
-        try:
-            slots.get(timeout=SLOT_TIMEOUT)
-        except queue.Empty:
-            current_context().reason = "Too many requests of one person at a time."
-            abort(problem(429, "Too many of your requests are in progress.", {"Retry-After": "1"}))
-        try:
-            yield
-        finally:
-            slots.put(None)
+        self._has_warned = False
+        self.concurrency = Concurrency(max_connections)
 
     def count_request(self, user_id: str) -> None:
         """Counts a request with a valid token. Ends it with 429 if the user is over the limit."""
         if self._count(self._requests, "person", user_id) > self._requests.amount:
             self._refuse(self._requests, "person", user_id)
+        if not self.concurrency.start(user_id):
+            current_context().reason = "Too many requests of one person at a time."
+            abort(problem(429, "Too many of your requests are in progress.", {"Retry-After": "1"}))
 
-    def check_refusals(self, address: str | None) -> None:
-        """Ends the request with 429 if this client has reached the limit of refused tokens."""
-        client = _client_network(address)
-        if self._query(self._store.get, self._refusals.key_for("refused", client)) >= self._refusals.amount:
+    def check_refusals(self, request: Request) -> None:
+        """Ends the request with 429 if this client has reached the limit of refusals. Behind an unknown proxy, the
+        refusals may be those of others."""
+        client = _client_network(request.remote_addr)
+        count = self._query(self._store.get, self._refusals.key_for("refused", client))
+        if count >= self._refusals.amount and not self._is_from_unknown_proxy(request):
             self._refuse(self._refusals, "refused", client)
 
-    def count_refusal(self, address: str | None) -> None:
-        """Counts a refused token."""
-        self._count(self._refusals, "refused", _client_network(address))
+    def count_refusal(self, request: Request) -> None:
+        """Counts a 401 or 403. Ends the request with 429 if the client is over the limit."""
+        client = _client_network(request.remote_addr)
+        if self._count(self._refusals, "refused", client) > self._refusals.amount:
+            self._refuse(self._refusals, "refused", client)
+
+    def _is_from_unknown_proxy(self, request: Request) -> bool:
+        """Whether the address is that of a proxy that TRUSTED_PROXY does not name. Logs the remedy once."""
+        address = parse_address(request.remote_addr or "")
+        if "X-Forwarded-For" not in request.headers or "werkzeug.proxy_fix.orig" in request.environ:
+            return False
+        if not any(address in network for network in PRIVATE if address):
+            return False
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning("all clients count as one: the proxy at %s is unknown; set TRUSTED_PROXY=%s", address, address)
+        return True
 
     def _count(self, item: RateLimitItem, policy: str, subject: str) -> float:
         return self._query(self._store.incr, item.key_for(policy, subject), item.get_expiry())
@@ -158,6 +206,6 @@ def _open_store(url: str) -> Storage | MemoryStore:
 def _client_network(address: str | None) -> str:
     """The addresses that count as one client: an IPv4 address, or an IPv6 /64, all of which one client may have."""
     ip = parse_address(address or "")
-    if isinstance(ip, ipaddress.IPv6Address):
-        return str(ipaddress.IPv6Network((int(ip), 64), strict=False))
+    if isinstance(ip, IPv6Address):
+        return str(IPv6Network((int(ip), 64), strict=False))
     return str(ip or "unknown")

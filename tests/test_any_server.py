@@ -5,6 +5,7 @@ import re
 import secrets
 import signal
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -107,6 +108,13 @@ def test_unusual_target_is_answered(any_server: Server, target: str) -> None:
             assert_problem(answer, status)
         if status == 403:
             assert_problem(wire.send(get(target=sent, token=None)).answer(), 401)
+
+
+def test_script_with_four_parallel_creates_is_never_refused(any_server: Server) -> None:
+    script, body = mint("script"), {"title": "t"}
+    with ThreadPoolExecutor(4) as threads:
+        sent = [threads.submit(any_server.ask, "POST", "/api/script/tasks", body, script) for _ in range(100)]
+    assert {one.result().status for one in sent} == {201}
 
 
 def test_bad_credentials_are_401(any_server: Server) -> None:

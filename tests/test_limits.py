@@ -80,7 +80,7 @@ def test_window_ends_when_retry_after_says(database_url: str) -> None:
 
 
 def test_limit_is_exact_for_requests_at_one_time(database_url: str) -> None:
-    with limited(database_url, rate_limit="20/minute") as client, ThreadPoolExecutor(8) as pool:
+    with limited(database_url, rate_limit="20/minute") as client, ThreadPoolExecutor(4) as pool:
         people = [Person(client.application.test_client(), "ann") for _ in range(50)]
         assert statuses(pool.map(lambda ann: ann.request("GET"), people)) == {200: 20, 429: 30}
 
@@ -115,6 +115,30 @@ def test_client_over_the_limit_of_refused_tokens_must_wait(monkeypatch: pytest.M
         monkeypatch.setattr(TokenVerifier, "verify", None)  # from here on, cryptography is a defect
         assert_limited(ask(client, f"Bearer {mint('ann')}"), "refused", 2)
         assert_problem(ask(client, f"Bearer {mint('ann')}", "192.0.2.2"), 500)
+
+
+def test_another_users_url_counts_as_a_refusal(database_url: str) -> None:
+    with limited(database_url, rate_limit_refused="2/minute") as client:
+        ben = Person(client, "ann", mint("ben"))
+        assert [ben.request("GET").status_code for _ in range(2)] == [403, 403]
+        assert_limited(ben.request("GET"), "refused", 2)
+        assert Person(client, "ben", ben.token).list() == []  # a known token is not refused for it
+
+
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::ffff:10.1.2.3", "192.168.0.1", "fd00::9"])
+def test_refusals_behind_an_unknown_proxy_refuse_no_good_token(
+    database_url: str, caplog: pytest.LogCaptureFixture, peer: str
+) -> None:
+    with limited(database_url, rate_limit_refused="2/minute") as client:
+        use_up(client, peer)
+        assert_limited(ask(client, "Bearer a.b.c", peer), "refused", 2)
+        assert [ask(client, f"Bearer {mint('ann', nonce=number)}", peer).status_code for number in (1, 2)] == [200, 200]
+        direct = {"REMOTE_ADDR": peer}
+        assert_limited(
+            Person(client, "ann", mint("ann", nonce=3)).request("GET", environ_overrides=direct), "refused", 2
+        )
+    [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"set TRUSTED_PROXY={peer.removeprefix('::ffff:')}" in warning.getMessage()
 
 
 def test_cached_tokens_are_accepted_from_a_client_over_the_limit(database_url: str) -> None:
