@@ -2,7 +2,7 @@
 
 import re
 
-from flask import Request, Response
+from flask import Response
 
 from .context import RequestContext, TaskAPI, current_context, get_api
 from .problems import problem
@@ -30,7 +30,9 @@ def guard() -> Response | None:
     if user is None:
         return _unauthorized("A bearer token is required.", CHALLENGE)
     context.user = user
-    if not _is_user_in_url(user, request):
+    # The bytes too: werkzeug decodes invalid UTF-8 as U+FFFD, which an id may contain.
+    path = request.environ["PATH_INFO"].encode("latin-1")
+    if (request.view_args or {}).get("user_id") != user.id or f"/{user.id}/".encode() not in path:
         api.limits.count_refusal(request)
         context.reason = "The token's subject does not match the user in the URL."
         return problem(403, context.reason)
@@ -67,16 +69,3 @@ def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:
 def _unauthorized(detail: str, challenge: str) -> Response:
     current_context().reason = detail
     return problem(401, detail, {"WWW-Authenticate": challenge})
-
-
-def _is_user_in_url(user: User, request: Request) -> bool:
-    """Compares the ids exactly. Werkzeug decodes invalid UTF-8 in a path as U+FFFD. An id may contain a real U+FFFD;
-    then the path must be valid UTF-8."""
-    if (request.view_args or {}).get("user_id") != user.id:
-        return False
-    if "\ufffd" not in user.id:
-        return True
-    try:
-        return bool(request.environ["PATH_INFO"].encode("latin-1").decode())
-    except UnicodeDecodeError:
-        return False

@@ -13,7 +13,7 @@ import psycopg
 from flask.cli import AppGroup
 from psycopg.rows import TupleRow, tuple_row
 
-from . import jwks, logs, migrations, tokens
+from . import keys, logs, migrations, tokens
 from .config import ConfigError, Settings
 from .context import get_api
 from .db import first_line
@@ -200,8 +200,9 @@ def _check_keys(settings: Settings) -> str | None:
     if (url := settings.key_set_url) is None:
         return None
     remedy = "correct JWKS_URL or BETTER_AUTH_URL, or the server there"
+    client = keys.KeySetClient(url)
     try:
-        found = jwks.KeySetClient(url).fetch_keys()
+        found = client.fetch_keys()
     except ValueError as error:
-        return f"no key set at {jwks.redact_url(url)} ({str(error)[:200]}): {remedy}"
-    return None if found else f"no key that verifies signatures at {jwks.redact_url(url)}: {remedy}"
+        return f"no key set at {client.public_url} ({str(error)[:200]}): {remedy}"
+    return None if found else f"no key that verifies signatures at {client.public_url}: {remedy}"

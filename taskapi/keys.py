@@ -1,165 +1,194 @@
-"""The keys that verify tokens: shared secrets, and the key set of an issuer, which a thread refreshes."""
+"""The key set of an issuer (JWKS, RFC 7517): which keys verify which tokens, and when the keys are fetched."""
 
+import http.client
+import json
 import logging
 import math
 import os
+import re
 import threading
 import time
-import weakref
+import urllib.request
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from .jwks import KeySetClient, PublicKey, redact_url
+import jwt
+
+from . import VERSION
 
 log = logging.getLogger(__name__)
 
-REFRESH = 60  # seconds between two fetches. A removed key is refused after twice that at the latest
+REFRESH = 60  # seconds after which a request starts a new fetch; after twice that it also waits, for removed keys
 MAX_AGE = 24 * 3600  # seconds for which the known keys are used while the issuer cannot be reached
 COOLDOWN = 2  # seconds from the end of a fetch to the next, at least: many unknown key ids do not cause many fetches
-MAX_WAIT = 2  # seconds that a request waits for a fetch
-MAX_WAITING = 2  # requests that wait at the same time: clients that send unknown key ids must not block all threads
+TIMEOUT = 2  # seconds to connect, for each part, for the whole body, and for a request that waits for all of it
+MAX_WAITING = 2  # requests that wait for one fetch: clients that send unknown key ids must not block all threads
+MAX_BYTES = 256 * 1024  # enough for 500 RSA keys; issuers publish fewer than ten
+MIN_RSA_BITS = 2048  # RFC 7518 §3.3
+
+ALGORITHMS = {
+    ("OKP", "Ed25519"): ("EdDSA",),
+    ("OKP", "Ed448"): ("EdDSA",),
+    ("EC", "P-256"): ("ES256",),
+    ("EC", "P-384"): ("ES384",),
+    ("EC", "P-521"): ("ES512",),
+    ("RSA", None): ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512"),
+}
+"""The algorithms that a public key may verify, by its `kty` and `crv`. `oct` is a secret: it must stay private."""
 
 
 class KeysUnavailable(Exception):
     """The key is unknown, and the key set cannot be fetched now."""
 
 
-class SharedSecrets:
-    """Secrets for HS256. Better Auth's tokens do not name the secret that signed them, so all secrets are tried."""
+@dataclass(frozen=True)
+class PublicKey:
+    """A public key, and the algorithms that it may verify."""
 
-    generation = 0
-
-    def __init__(self, secrets: Sequence[str]) -> None:
-        self._keys = tuple(secret.encode() for secret in secrets)
-
-    def is_ready(self) -> bool:
-        return True
-
-    def find(self, algorithm: str, kid: str | None) -> Sequence[bytes]:
-        return self._keys
+    kid: str | None
+    algorithms: tuple[str, ...]
+    key: Any
 
 
-class KeySet:
-    """The keys at a JWKS URL.
+def parse_key_set(document: Any) -> list[PublicKey]:
+    """The keys of a JWKS that may verify tokens; others are ignored. Raises ValueError if it is not a JWKS."""
+    if not isinstance(document, dict) or not isinstance(document.get("keys"), list):
+        raise ValueError("the response is not a JSON Web Key Set")
+    return [key for jwk in document["keys"] if (key := _parse_key(jwk))]
 
-    The thread that fetches them starts with the first request, so that each process of a forking server has its own.
-    It has only a weak reference to the key set, and ends when nothing else uses the key set.
+
+def _parse_key(jwk: Any) -> PublicKey | None:
+    try:
+        algorithms = tuple(name for name in ALGORITHMS[jwk["kty"], jwk.get("crv")] if jwk.get("alg", name) == name)
+        is_for_signatures = jwk.get("use", "sig") == "sig" and "verify" in jwk.get("key_ops", ["verify"])
+        if not algorithms or not is_for_signatures or "d" in jwk:  # "d": a private key, now public
+            return None
+        key: Any = jwt.get_algorithm_by_name(algorithms[0]).from_jwk(jwk)
+        if jwk["kty"] == "RSA" and key.key_size < MIN_RSA_BITS:
+            return None
+        kid = jwk.get("kid")
+        return PublicKey(kid if isinstance(kid, str) else None, algorithms, key)
+    except Exception:  # of many types, from PyJWT and cryptography; one malformed key must not disable the other keys
+        return None
+
+
+class KeySetClient(jwt.PyJWKClient):
+    """PyJWT's client, with limits of bytes and of time.
+
+    Use `fetch_keys`, not `get_jwk_set`: that fails if the set is empty, as at a new issuer, or if one key is malformed.
     """
 
     def __init__(self, url: str) -> None:
+        url = re.sub("(?<=//)[^/?#]*@", "", url, count=1)  # urllib would take user@host for the host name
+        headers = {"User-Agent": f"taskapi/{VERSION}", "Accept": "*/*"}
+        super().__init__(url, cache_jwk_set=False, headers=headers)
+        self.public_url = re.split("[?#]", url)[0]  # without the parts that may contain a password
+
+    def fetch_keys(self) -> list[PublicKey]:
+        """The keys at the URL that may verify tokens. Raises ValueError with a reason in one line."""
+        try:
+            return parse_key_set(self.fetch_data())
+        except (OSError, http.client.HTTPException, RecursionError) as error:
+            raise ValueError(getattr(error, "reason", error)) from error
+
+    def fetch_data(self) -> Any:
+        """The JSON at the URL. Redirects are not followed; a proxy that the environment names is used."""
+        opener = urllib.request.OpenerDirector()  # has no handler that follows redirects
+        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+            opener.add_handler(handler())
+        request = urllib.request.Request(self.uri, headers=self.headers)  # noqa: S310 (PyJWT takes only http and https)
+        deadline = time.monotonic() + TIMEOUT
+        raw = b""
+        with opener.open(request, timeout=TIMEOUT) as response:
+            if response.status != 200:
+                raise ValueError(f"the server answered {response.status}")
+            while part := response.read1(MAX_BYTES):
+                raw += part
+                if len(raw) > MAX_BYTES:
+                    raise ValueError(f"the response has more than {MAX_BYTES} bytes")
+                if time.monotonic() > deadline:
+                    raise TimeoutError("timed out")
+        return json.loads(raw)
+
+
+# Held while a thread starts. No fork happens meanwhile: the child would have a lock that nothing releases.
+_lock = threading.Lock()
+os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+
+
+class KeySet:
+    """The keys at a JWKS URL. Requests have them fetched in the background: one thread for one fetch."""
+
+    def __init__(self, url: str) -> None:
         self._client = KeySetClient(url)
-        self._keys: tuple[PublicKey, ...] = ()
-        self._generation = 0
-        self._fetched = self._attempted = -math.inf  # when a fetch last succeeded, and when one last ended
-        self._reset()
-        _key_sets.add(self)
+        self._keys: list[PublicKey] = []
+        self._fetched = self._ended = -math.inf  # when a fetch last succeeded, and when one last ended
+        self._thread = threading.Thread()  # that fetches; it is not alive yet, and in a forked process
+        self._waiting = 0  # requests that have waited for it
 
-    def _reset(self) -> None:
-        """Creates new locks. A fork copies no threads, and one of them may have held a lock or changed the keys."""
-        self._fetch_ended = threading.Condition()
-        self._wake = threading.Event()
-        self._has_refresher = False
-        self._waiting = 0
-        self._generation += 1
-
-    @property
-    def generation(self) -> int:
-        """A number that changes with the keys: a token that was verified under another number is verified again."""
-        self._require_refresher()
-        return self._generation
-
-    @property
     def age(self) -> float:
         """Seconds since the last successful fetch."""
+        self.current()  # without requests, only this fetches the keys
         return time.monotonic() - self._fetched
+
+    def current(self) -> list[PublicKey]:
+        """The known keys; another list if they changed. Waits for a fetch if the last one ended too long ago."""
+        elapsed = time.monotonic() - self._ended
+        if elapsed > REFRESH:
+            self._fetch(math.inf if self._keys and elapsed > 2 * REFRESH else 0)
+        return self._keys if time.monotonic() - self._fetched <= MAX_AGE else []
 
     def is_ready(self) -> bool:
         """Whether any key is known. If none is, waits for a fetch."""
-        self._require_refresher()
-        return bool(self._keys or (self._wait_for_fetch(MAX_WAITING) and self._keys))
+        return bool(self.current() or (self._fetch(MAX_WAITING) and self.current()))
 
     def find(self, algorithm: str, kid: str | None) -> Sequence[Any]:
         """The keys that may have signed a token; empty if the issuer has no such key. Raises KeysUnavailable.
 
         Any key may have signed a token without `kid`, and a key without `kid` may have signed any token.
         """
-        self._require_refresher()
-        is_known = any(algorithm in key.algorithms and kid in (None, key.kid) for key in self._keys)
-        is_current = is_known or self._wait_for_fetch(MAX_WAITING)
-        found = [key for key in self._keys if algorithm in key.algorithms and (kid is None or key.kid in (None, kid))]
+        is_known = any(algorithm in key.algorithms and kid in (None, key.kid) for key in self.current())
+        is_current = is_known or self._fetch(MAX_WAITING)
+        candidates = [key for key in self.current() if algorithm in key.algorithms]
+        found = [key.key for key in candidates if kid is None or key.kid in (None, kid)]
         if not found and not is_current:
             raise KeysUnavailable
-        return [key.key for key in found]
+        return found
 
-    def _require_refresher(self) -> None:
-        """Starts the thread if there is none. Waits for a fetch if the last one is too old."""
-        if not self._has_refresher:
-            self._start_refresher()
-        if self._keys and time.monotonic() - self._attempted > 2 * REFRESH:  # the process was suspended
-            self._wait_for_fetch()
-
-    def _start_refresher(self) -> None:
-        with self._fetch_ended:
-            if self._has_refresher or time.monotonic() - self._attempted < COOLDOWN:
-                return
-            arguments = weakref.ref(self), self._wake
-            try:
-                threading.Thread(target=_refresh, args=arguments, name="taskapi-jwks", daemon=True).start()
-                self._has_refresher = True
-            except RuntimeError as error:  # the system cannot start another thread
-                self._end_fetch(error)
-
-    def _wait_for_fetch(self, limit: float = math.inf) -> bool:
-        """Waits for a fetch, unless one has just ended or `limit` requests wait. Whether the last fetch succeeded."""
-        with self._fetch_ended:
-            before = self._attempted
-            if time.monotonic() - before >= COOLDOWN:
-                if self._waiting >= limit:
-                    return False
-                self._wake.set()
-                self._waiting += 1
+    def _fetch(self, max_waiting: float) -> bool:
+        """Starts a fetch, unless one runs or has just ended. Waits for its end, unless `max_waiting` requests have done
+        so. Whether the last fetch succeeded."""
+        with _lock:
+            before = self._ended
+            if time.monotonic() - before < COOLDOWN:
+                return self._fetched == before
+            if not self._thread.is_alive():
+                self._thread, self._waiting = threading.Thread(target=self._run, name="taskapi-jwks", daemon=True), 0
                 try:
-                    if not self._fetch_ended.wait_for(lambda: self._attempted != before, MAX_WAIT):
-                        self._end_fetch(TimeoutError("timed out"))  # a DNS lookup may take longer
-                finally:
-                    self._waiting -= 1
-            return self._fetched == self._attempted
+                    self._thread.start()
+                except RuntimeError as error:  # the system cannot start another thread
+                    self._log_failure(error)
+                    return False
+            if self._waiting >= max_waiting:
+                return False
+            self._waiting += 1
+            thread = self._thread
+        thread.join(TIMEOUT)
+        if self._ended == before:  # a DNS lookup may take longer
+            self._log_failure(TimeoutError("timed out"))
+        return self._fetched == self._ended
 
-    def _fetch(self) -> None:
+    def _run(self) -> None:
         try:
-            self._end_fetch(self._client.fetch_keys())
-        except Exception as error:  # of any type: the thread must continue
-            self._end_fetch(error)
+            keys = self._client.fetch_keys()
+            if keys != self._keys:
+                self._keys = keys
+            self._fetched = self._ended = time.monotonic()
+        except Exception as error:  # of any type: a thread that ends without a result would be started again and again
+            self._log_failure(error)
 
-    def _end_fetch(self, result: tuple[PublicKey, ...] | Exception) -> None:
-        with self._fetch_ended:
-            self._attempted = time.monotonic()
-            if isinstance(result, Exception):
-                reason, url = str(result)[:200], redact_url(self._client.uri)
-                log.warning("key set refresh failed: %s", reason, extra={"url": url, "reason": reason})
-                result = self._keys if self.age <= MAX_AGE else ()
-            else:
-                self._fetched = self._attempted
-            if result != self._keys:
-                self._keys = result
-                self._generation += 1  # after the keys: a token that is verified between the two is verified again
-            self._wake.clear()
-            self._fetch_ended.notify_all()
-
-
-def _refresh(reference: weakref.ref[KeySet], wake: threading.Event) -> None:
-    while key_set := reference():
-        key_set._fetch()
-        del key_set
-        wake.wait(REFRESH)
-
-
-_key_sets: weakref.WeakSet[KeySet] = weakref.WeakSet()
-
-
-def _reset_all() -> None:
-    for key_set in _key_sets:
-        key_set._reset()
-
-
-os.register_at_fork(after_in_child=_reset_all)
+    def _log_failure(self, error: Exception) -> None:
+        self._ended = time.monotonic()
+        reason, url = str(error)[:200], self._client.public_url
+        log.warning("key set refresh failed: %s", reason, extra={"url": url, "reason": reason})

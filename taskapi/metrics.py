@@ -46,8 +46,9 @@ class ProcessState(Collector):
         for state, number in self.api.database.pool_use().items():
             pool.add_metric([state], number)
         yield pool
-        if (age := self.api.verifier.key_set_age()) is not None:
-            yield GaugeMetricFamily("taskapi_key_set_age_seconds", "Seconds since the key set was fetched.", age)
+        if key_set := self.api.verifier.key_set:
+            help = "Seconds since the key set was fetched."
+            yield GaugeMetricFamily("taskapi_key_set_age_seconds", help, key_set.age())
 
 
 STATE = ProcessState()

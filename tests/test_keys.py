@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import functools
-import gc
 import json
 import logging
 import re
@@ -21,9 +20,8 @@ from unittest.mock import Mock
 import pytest
 from cryptography.hazmat.primitives import serialization
 
-from taskapi import VERSION, Settings, jwks, keys
-from taskapi.jwks import KeySetClient, parse_key_set
-from taskapi.keys import KeySet, KeysUnavailable
+from taskapi import VERSION, Settings, keys
+from taskapi.keys import KeySet, KeySetClient, KeysUnavailable, parse_key_set
 from taskapi.tokens import InvalidToken, TokenVerifier
 from tests import issuers
 from tests.issuers import PATH, KeyServer, Signer, answer, claims_of, drip, encode, hang, late, mac, override, raw
@@ -51,9 +49,8 @@ class Site:
 
     @property
     def key_set(self) -> KeySet:
-        found = self.verifier._trusted["EdDSA"].keys
-        assert isinstance(found, KeySet)
-        return found
+        assert self.verifier.key_set
+        return self.verifier.key_set
 
     def ask(self, token: str) -> str:
         """What a request does: the user's id, or the name of the refusal."""
@@ -90,8 +87,8 @@ def site(server: KeyServer, monkeypatch: pytest.MonkeyPatch) -> Site:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module, name, seconds in ((jwks, "TIMEOUT", 0.3), (keys, "MAX_WAIT", 0.3), (keys, "COOLDOWN", 0.1)):
-        monkeypatch.setattr(module, name, seconds)
+    for name, seconds in (("TIMEOUT", 0.3), ("COOLDOWN", 0.1)):
+        monkeypatch.setattr(keys, name, seconds)
 
 
 @pytest.fixture
@@ -152,7 +149,7 @@ UNUSABLE: list[tuple[dict[str, Any], list[dict[str, Any]]]] = [
 def test_unusable_keys_are_ignored_and_do_not_harm_the_good_ones() -> None:
     changed = [override(jwk, change) for jwk, changes in UNUSABLE for change in changes]
     for jwk in [*changed, None, [RSA], "RSA", 5]:
-        assert parse_key_set({"keys": [jwk]}) == (), jwk
+        assert parse_key_set({"keys": [jwk]}) == [], jwk
         same_kid = {**jwk, "kid": SIGNER.kid} if isinstance(jwk, dict) else jwk
         assert len(parse_key_set({"keys": [same_kid, SIGNER.published, same_kid]})) == 1, jwk
 
@@ -270,7 +267,7 @@ def test_fetch_by_tls_needs_a_trusted_certificate(tmp_path: Path, monkeypatch: p
             KeySetClient(server.url).fetch_keys()
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert KeySetClient(server.url).fetch_keys()
-        monkeypatch.setattr(jwks, "TIMEOUT", 0.3)
+        monkeypatch.setattr(keys, "TIMEOUT", 0.3)
         server.behave = drip(b"HTTP/1.0 200 OK\r\n\r\n{")
         with pytest.raises(ValueError, match="timed out"):
             KeySetClient(server.url).fetch_keys()
@@ -278,7 +275,7 @@ def test_fetch_by_tls_needs_a_trusted_certificate(tmp_path: Path, monkeypatch: p
 
 def test_large_key_set_is_read(server: KeyServer) -> None:
     server.keys = [signer_of("RS256").published] * 500
-    assert 200_000 < len(json.dumps(server.keys)) < jwks.MAX_BYTES
+    assert 200_000 < len(json.dumps(server.keys)) < keys.MAX_BYTES
     assert len(KeySetClient(server.url).fetch_keys()) == 500
 
 
@@ -419,16 +416,16 @@ def test_failing_server_costs_little_time_and_known_keys_keep_working(
     if "refused" in reason:
         site.server.down()
     site.ahead += 2 * keys.REFRESH + 1  # so that a request waits for the refresh
-    assert site.timed(token, keys.MAX_WAIT) == ("u", True)
+    assert site.timed(token, keys.TIMEOUT) == ("u", True)
     assert site.timed(SIGNER.token("v")) == ("v", True)
     assert site.timed(OTHER.token("u")) == ("KeysUnavailable", True)
     site.ahead += keys.COOLDOWN
-    assert site.timed(OTHER.token("u"), keys.MAX_WAIT) == ("KeysUnavailable", True)
+    assert site.timed(OTHER.token("u"), keys.TIMEOUT) == ("KeysUnavailable", True)
     if reason != SLOW_HEAD:
         started = time.monotonic()
         with pytest.raises(ValueError, match=reason):
             KeySetClient(site.server.url).fetch_keys()
-        assert time.monotonic() - started < jwks.TIMEOUT + LATE
+        assert time.monotonic() - started < keys.TIMEOUT + LATE
     for message, fields in failures(caplog, site.server):
         assert message == f"key set refresh failed: {fields['reason']}"
         assert re.search(reason, fields["reason"])
@@ -481,7 +478,7 @@ def test_known_keys_work_up_to_their_maximum_age(site: Site) -> None:
 
 
 def test_hanging_server_holds_two_requests_at_most(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "MAX_WAIT", 2 * LATE)
+    monkeypatch.setattr(keys, "TIMEOUT", 2 * LATE)
     site.server.behave = hang
     with ThreadPoolExecutor(16) as threads:
         found = list(threads.map(site.timed, [SIGNER.token(f"{n}") for n in range(16)]))
@@ -494,8 +491,7 @@ def test_known_keys_keep_working_where_the_refresher_fails(
     site: Site, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
     site.cache(SIGNER.token("u"))
-    site.key_set._reset()  # as in a forked process
-    site.ahead += keys.COOLDOWN
+    site.ahead += 2 * keys.REFRESH + 1
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, Mock(side_effect=RuntimeError("can't start new thread")))
         assert (site.ask(SIGNER.token("v")), site.ask(OTHER.token("v"))) == ("v", "KeysUnavailable")
@@ -506,46 +502,47 @@ def test_known_keys_keep_working_where_the_refresher_fails(
 # Threads and processes
 
 
-def refreshers() -> int:
-    return sum(thread.name == "taskapi-jwks" for thread in threading.enumerate())
-
-
-def test_refresher_starts_with_the_first_request_and_ends_with_its_key_set(refreshing: None, server: KeyServer) -> None:
-    before = refreshers()
-    site = Site(server)
-    assert (refreshers(), server.fetches) == (before, 0)
+def test_keys_are_first_fetched_by_a_request_and_no_thread_stays(site: Site) -> None:
+    assert site.server.fetches == 0
     assert [site.ask(SIGNER.token(user)) for user in "abc"] == ["a", "b", "c"]
-    assert refreshers() == before + 1
-    del site
-    gc.collect()
-    wait_until(lambda: refreshers() <= before, "the thread ends")
+    assert site.server.fetches == 1
+    wait_until(lambda: "taskapi-jwks" not in {thread.name for thread in threading.enumerate()}, "the thread ends")
 
 
 FORK = """
-import os, sys, time
+import os, signal, sys, threading
 from taskapi import Settings, keys, tokens
+signal.alarm(10)
 keys.REFRESH, keys.COOLDOWN = 0.2, 0.1
 url, old, new = sys.argv[1:]
 verifier = tokens.TokenVerifier(Settings(jwks_url=url))
 verifier.verify(old)
-verifier._trusted["EdDSA"].keys._fetch_ended.acquire()  # as by a thread that the fork does not copy
+print("fetched", flush=True)
+sys.stdin.readline()
+while not verifier.key_set._thread.is_alive():
+    verifier.cached_user(old)
+keys._lock.acquire()
+threading.Timer(0.1, keys._lock.release).start()
 if pid := os.fork():
     sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-verifier.verify(old)
+signal.alarm(10)  # alarms are not copied
 print("forked", flush=True)
 sys.stdin.readline()
 while verifier.cached_user(old):
-    time.sleep(0.01)
+    pass
 assert verifier.verify(new).id == "new"
 """
 
 
-def test_forked_process_refreshes_keys_by_itself(server: KeyServer) -> None:
+def test_process_that_was_forked_during_a_fetch_fetches_keys_by_itself(server: KeyServer) -> None:
     python = [*PYTHON, "-W", "ignore::DeprecationWarning"]  # Python 3.12 warns of every fork beside threads
     command = [*python, "-c", FORK, server.url, SIGNER.token("old"), OTHER.token("new")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin
         assert process.stdout
-        assert process.stdout.readline() == b"forked\n"
-        server.publish(OTHER)
-        process.communicate(b"\n", timeout=10)
-    assert process.returncode == 0
+        for printed, behaviour, signer in ((b"fetched\n", hang, SIGNER), (b"forked\n", issuers.publish, OTHER)):
+            assert process.stdout.readline() == printed
+            server.behave = behaviour
+            server.publish(signer)
+            process.stdin.write(b"\n")
+        assert process.wait() == 0
