@@ -1,25 +1,37 @@
-"""The settings: read from environment variables, and checked before the server starts."""
+"""The settings: read from environment variables and a file `.env`, and checked before the server starts."""
 
+import contextlib
 import ipaddress
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import limits
-import psycopg
-from limits.errors import ConfigurationError
+from dotenv import find_dotenv, load_dotenv
 from limits.storage import storage_from_string
 from psycopg.conninfo import conninfo_to_dict
+
+log = logging.getLogger(__name__)
 
 PLACEHOLDER_SECRETS = {
     "change-me-to-the-secret-of-your-better-auth-server",  # .env.example
     "better-auth-secret-12345678901234567890",  # Better Auth's default
 }
 
-# An origin as browsers send it: in lower case and without the default port (the Fetch standard, §3.2).
-ORIGIN = re.compile(r"(?!http:.*:80$|https:.*:443$)https?://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+# Parts of a database's URL that only these clients understand, and what to do.
+FOREIGN_PARTS = {
+    r"[?&](schema|connection_limit|pool_timeout|pgbouncer|statement_cache_size|sslaccept)=": ("Prisma", "remove it"),
+    r"[?&](sslmode=no-verify)\b": ("node-postgres", "set sslmode=require, which does not verify either"),
+    r"^(postgres(?:ql)?\+\w+)://": ("SQLAlchemy", "set postgresql"),
+}
+# An origin as browsers send it: in lower case and without the default port (the Fetch standard, §3.2). Of any scheme:
+# pages of apps and extensions have their own.
+ORIGIN = re.compile(
+    r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?"
+)
 STORES = ("memory://", "redis://", "rediss://", "redis+unix://")
 
 
@@ -50,112 +62,123 @@ class Settings:
     docs: bool = True
 
     def __post_init__(self) -> None:
-        self._check_secrets()
-        self._check_urls()
-        self._check_limits()
-        if self.max_tasks < 1:
-            raise ConfigError("MAX_TASKS is not a number of tasks: 100000")
-        if not 0 <= self.port <= 65535:
-            raise ConfigError("PORT is not a number from 0 (any free port) to 65535")
-
-    def _check_secrets(self) -> None:
-        for secret in self.secrets:
-            if secret in PLACEHOLDER_SECRETS:
-                raise ConfigError("BETTER_AUTH_SECRET is a published placeholder: set your own secret")
-            if len(secret.encode()) < 32:  # RFC 7518 §3.2: a key for HS256 is at least as long as its hash
-                raise ConfigError("BETTER_AUTH_SECRET is too short: at least 32 bytes (openssl rand -base64 32)")
-            if "-----BEGIN" in secret:  # RFC 8725 §2.1: a public key is no secret
-                raise ConfigError("BETTER_AUTH_SECRET is a key in PEM form, which may be public: set a random secret")
-
-    def _check_urls(self) -> None:
-        for name, url in (("BETTER_AUTH_URL", self.better_auth_url), ("JWKS_URL", self.jwks_url)):
-            if url is not None and not _is_http_url(url):
-                raise ConfigError(f"{name} is not an http or https URL: set one such as https://auth.example.com")
-        for origin in self.cors_origins:
-            if not ORIGIN.fullmatch(origin):
-                raise ConfigError(
-                    f"CORS_ORIGINS has {origin!r}, which is not an origin as browsers send it: "
-                    "set one such as https://app.example.com"
-                )
-        try:
-            conninfo_to_dict(self.database_url or "")
-        except psycopg.Error:  # its text quotes the URL with the password
-            raise ConfigError(
-                "DATABASE_URL is not a libpq URL: set one such as postgresql://user:password@host/database"
-            ) from None
-        try:
-            ipaddress.ip_network(self.trusted_proxy or "::")
-        except ValueError:
-            raise ConfigError(
-                "TRUSTED_PROXY is not an IP address or network: set one such as 127.0.0.1 or 10.0.0.0/8"
-            ) from None
-
-    def _check_limits(self) -> None:
-        for name, limit in (("RATE_LIMIT", self.rate_limit), ("RATE_LIMIT_REFUSED", self.rate_limit_refused)):
+        for name, variable in VARIABLES.items():
+            value = getattr(self, variable.member)
             try:
-                [item] = limits.parse_many(limit)  # only one limit is applied
-            except ValueError:
-                raise ConfigError(f"{name} is not a rate: set one such as 600/minute") from None
-            if not item.amount:
-                raise ConfigError(f"{name} allows no request: set a rate such as 600/minute")
-        try:
-            if not self.rate_limit_storage.startswith(STORES):
-                raise ValueError
-            if self.rate_limit_storage != "memory://":
-                storage_from_string(self.rate_limit_storage)
-        except (ConfigurationError, ValueError):  # their texts quote the URL with the password
-            raise ConfigError(
-                "RATE_LIMIT_STORAGE cannot be used: set a URL such as redis://host:6379, and install taskapi[redis]"
-            ) from None
+                is_valid = value is None or variable.check(value)
+            except ConfigError:
+                raise
+            except Exception:  # of many types; its text may quote a password
+                is_valid = False
+            if not is_valid:
+                raise ConfigError(f"{name} {variable.complaint}")
 
     @property
     def key_set_url(self) -> str | None:
-        """The URL of the key set (JWKS), or None."""
+        """The URL of the key set (JWKS), or None. Better Auth has it below its own path, by default `/api/auth`."""
         if self.jwks_url or not self.better_auth_url:
             return self.jwks_url
-        return self.better_auth_url.rstrip("/") + "/api/auth/jwks"
+        path = urlsplit(self.better_auth_url).path.rstrip("/") or "/api/auth"
+        return f"{find_origin(self.better_auth_url)}{path}/jwks"
 
     @property
     def better_auth_urls(self) -> tuple[str, ...]:
-        """The values that Better Auth may write to `iss` and `aud`: its base URL, with or without a final slash."""
-        url = (self.better_auth_url or "").rstrip("/")
-        return (url, url + "/") if url else ()
+        """What Better Auth writes to `iss` and `aud`: the origin of its URL."""
+        return (find_origin(self.better_auth_url),) if self.better_auth_url else ()
 
     @classmethod
     def from_env(cls, environ: Mapping[str, str]) -> Self:
         """The settings in `environ`; an empty variable counts as not set."""
         found: dict[str, Any] = {}
-        for name, (member, parse) in VARIABLES.items():
+        for name, variable in VARIABLES.items():
             if value := environ.get(name, "").strip():
                 if re.search("[\ud800-\udfff]", value):  # Python decodes bytes that are not UTF-8 as surrogates
                     raise ConfigError(f"{name} is not UTF-8: set it again")
-                parsed = parse(value)
+                try:
+                    parsed = variable.parse(value)
+                except ValueError:
+                    raise ConfigError(f"{name} {variable.complaint}") from None
                 if parsed == ():
                     raise ConfigError(f"{name} has no names: separate names by commas, or leave it unset")
+                member = variable.member
                 found[member] = found.get(member, ()) + parsed if member == "secrets" else parsed
         return cls(**found)
 
 
-def _is_http_url(url: str) -> bool:
+def load_env_file() -> None:
+    """Adds the nearest `.env` from the current folder upwards to the environment, which overrides it. Names the file in
+    the log. Raises ConfigError."""
+    if not (path := find_dotenv(usecwd=True)):
+        return
     try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:  # an impossible port or host
-        return False
-    return parts.scheme in ("http", "https") and bool(parts.hostname and re.fullmatch("[!-~]+", url))
+        load_dotenv(path, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # UTF-16, for example
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"the settings in {path} cannot be read ({reason}): correct or remove the file") from None
+    log.info("settings from %s", path)
+
+
+def find_origin(url: str) -> str:
+    """The origin of an http or https URL, in lower case and without the default port. Raises ValueError for any other
+    text."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch("[!-~]+", url):
+        raise ValueError("not an http or https URL")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    is_default = parts.port in (None, 443 if parts.scheme == "https" else 80)
+    return f"{parts.scheme}://{host}" + ("" if is_default else f":{parts.port}")
+
+
+def _check_secrets(values: tuple[str, ...]) -> bool:
+    for secret in values:
+        if secret in PLACEHOLDER_SECRETS:
+            raise ConfigError("BETTER_AUTH_SECRET is a published placeholder: set your own secret")
+        if len(secret.encode()) < 32:  # RFC 7518 §3.2: a key for HS256 is at least as long as its hash
+            raise ConfigError("BETTER_AUTH_SECRET is too short: at least 32 bytes (openssl rand -base64 32)")
+        if "-----BEGIN" in secret:  # RFC 8725 §2.1: a public key is no secret
+            raise ConfigError("BETTER_AUTH_SECRET is a key in PEM form, which may be public: set a random secret")
+    return True
+
+
+def _check_database_url(url: str) -> bool:
+    """Whether libpq accepts the URL, and takes no part of the password for a part of the address: its messages quote
+    the address."""
+    for pattern, (client, remedy) in FOREIGN_PARTS.items():
+        if found := re.search(pattern, url):
+            raise ConfigError(f"DATABASE_URL has {found[1]}, which only {client} understands: {remedy}")
+    parts = conninfo_to_dict(url)
+    host, port, database = (str(parts.get(name, "")) for name in ("host", "port", "dbname"))
+    return "@" not in host[1:] + database and bool(re.fullmatch("[0-9,]*", port))  # a host may start with @
+
+
+def _check_origins(origins: tuple[str, ...]) -> bool:
+    for origin in origins:
+        if not ORIGIN.fullmatch(origin):
+            remedy = "one such as https://app.example.com"
+            with contextlib.suppress(ValueError):
+                remedy = remedy if "*" in origin else find_origin(origin)
+            raise ConfigError(f"CORS_ORIGINS has {origin!r}, which is not an origin as browsers send it: set {remedy}")
+    return True
+
+
+def _check_rate(text: str) -> bool:
+    [item] = limits.parse_many(text)  # only one limit is applied
+    return item.amount > 0
+
+
+def _check_store(url: str) -> bool:
+    return url.startswith(STORES) and (url == "memory://" or bool(storage_from_string(url)))
 
 
 def _parse_address(value: str) -> tuple[str, int]:
-    found = re.fullmatch("(.+):([0-9]{1,5})", value)
-    if found is None or int(found[2]) > 65535:
-        raise ConfigError("METRICS is not an address to listen on: set one such as 127.0.0.1:9464")
-    return found[1].strip("[]"), int(found[2])
+    host, _, port = value.rpartition(":")
+    if host in ("", "*") or not 0 <= _parse_number(port) <= 65535:
+        raise ValueError("not an address")
+    return host.strip("[]"), int(port)
 
 
 def _parse_switch(value: str) -> bool:
-    if value not in ("on", "off"):
-        raise ConfigError("DOCS must be on or off")
-    return value == "on"
+    return bool(("off", "on").index(value))
 
 
 def _parse_number(value: str) -> int:
@@ -170,28 +193,50 @@ def _parse_versioned_secrets(value: str) -> tuple[str, ...]:
     """Better Auth's format for secret rotation, `2:new,1:old`. A token may be signed with any of these secrets."""
     versions = [item.partition(":") for item in _parse_names(value)]
     if not versions or not all(number.isdecimal() and colon for number, colon, _ in versions):
-        raise ConfigError("BETTER_AUTH_SECRETS is not of the form 2:new-secret,1:old-secret")
+        raise ValueError("not of this form")
     return tuple(secret for _, _, secret in versions)
 
 
-# For each environment variable: the member of Settings, and the function that parses the value.
-VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "DATABASE_URL": ("database_url", str),
-    "BETTER_AUTH_SECRETS": ("secrets", _parse_versioned_secrets),  # before BETTER_AUTH_SECRET: the first secret signs
-    "BETTER_AUTH_SECRET": ("secrets", lambda secret: (secret,)),
-    "BETTER_AUTH_URL": ("better_auth_url", str),
-    "JWKS_URL": ("jwks_url", str),
-    "JWT_ISSUER": ("issuers", _parse_names),
-    "JWT_AUDIENCE": ("audiences", _parse_names),
-    "JWT_USER_CLAIM": ("user_claims", _parse_names),
-    "MAX_TASKS": ("max_tasks", _parse_number),
-    "RATE_LIMIT": ("rate_limit", str),
-    "RATE_LIMIT_REFUSED": ("rate_limit_refused", str),
-    "RATE_LIMIT_STORAGE": ("rate_limit_storage", str),
-    "CORS_ORIGINS": ("cors_origins", _parse_names),
-    "TRUSTED_PROXY": ("trusted_proxy", str),
-    "METRICS": ("metrics", _parse_address),
-    "DOCS": ("docs", _parse_switch),
-    "HOST": ("host", str),
-    "PORT": ("port", _parse_number),
+class Variable(NamedTuple):
+    """What an environment variable sets: the member of Settings, how its text is parsed, whether a value is valid, and
+    the message if it is not. `parse` and `check` may raise exceptions."""
+
+    member: str
+    parse: Callable[[str], Any] = str
+    check: Callable[[Any], object] = lambda _: True
+    complaint: str = ""
+
+
+NOT_DATABASE = (
+    "is not a libpq URL: set one such as postgresql://user:password@host/database, "
+    "and in the password write @ as %40, / as %2F and % as %25"
+)
+NOT_SECRETS = "is not of the form 2:new-secret,1:old-secret"
+NOT_URL = "is not an http or https URL: set one such as https://auth.example.com"
+NOT_TASKS = "is not a number of tasks: set one such as 100000"
+NOT_RATE = "is not a rate that allows requests: set one such as 600/minute"
+NOT_STORE = "cannot be used: set a URL such as redis://host:6379, and install taskapi[redis]"
+NOT_PROXY = "is not an IP address or network: set one such as 127.0.0.1 or 10.0.0.0/8"
+NOT_ADDRESS = "is not an address to listen on: set one such as 127.0.0.1:9464"
+NOT_HOST = "is not an address: to listen on all addresses set ::, or 0.0.0.0 for those of IPv4"
+NOT_PORT = "is not a number from 0 (any free port) to 65535"
+VARIABLES = {
+    "DATABASE_URL": Variable("database_url", str, _check_database_url, NOT_DATABASE),
+    "BETTER_AUTH_SECRETS": Variable("secrets", _parse_versioned_secrets, _check_secrets, NOT_SECRETS),
+    "BETTER_AUTH_SECRET": Variable("secrets", lambda secret: (secret,)),  # after the line above: the first secret signs
+    "BETTER_AUTH_URL": Variable("better_auth_url", str, find_origin, NOT_URL),
+    "JWKS_URL": Variable("jwks_url", str, find_origin, NOT_URL),
+    "JWT_ISSUER": Variable("issuers", _parse_names),
+    "JWT_AUDIENCE": Variable("audiences", _parse_names),
+    "JWT_USER_CLAIM": Variable("user_claims", _parse_names),
+    "MAX_TASKS": Variable("max_tasks", _parse_number, lambda number: number > 0, NOT_TASKS),
+    "RATE_LIMIT": Variable("rate_limit", str, _check_rate, NOT_RATE),
+    "RATE_LIMIT_REFUSED": Variable("rate_limit_refused", str, _check_rate, NOT_RATE),
+    "RATE_LIMIT_STORAGE": Variable("rate_limit_storage", str, _check_store, NOT_STORE),
+    "CORS_ORIGINS": Variable("cors_origins", _parse_names, _check_origins),
+    "TRUSTED_PROXY": Variable("trusted_proxy", str, ipaddress.ip_network, NOT_PROXY),
+    "METRICS": Variable("metrics", _parse_address, bool, NOT_ADDRESS),
+    "DOCS": Variable("docs", _parse_switch, complaint="is not on or off"),
+    "HOST": Variable("host", str, lambda host: host != "*", NOT_HOST),
+    "PORT": Variable("port", _parse_number, range(65_536).__contains__, NOT_PORT),
 }

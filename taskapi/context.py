@@ -38,7 +38,8 @@ class RequestContext:
     started: float  # by time.perf_counter()
     user: User | None = None  # None before the guard
     token_cached: bool | None = None  # whether the token was verified before; None without a valid token
-    reason: str | None = None  # why the request was refused, for the log
+    reason: str | None = None  # why the guard or a limit refused the request, for the log and the metrics
+    detail: str | None = None  # what any other 4xx says, for the log
     deadline: float | None = None  # by time.monotonic(): when all its statements must have ended; set by the first
     database_seconds: float = 0.0
     is_counted: bool = False  # whether it counts as a request in progress; see limits.Concurrency

@@ -7,7 +7,7 @@ accessible to every user.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
+import functools
 import importlib.util
 import os
 import pwd
@@ -20,12 +20,21 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+from urllib.parse import quote
 
-from .config import ConfigError, Settings
+from .config import ConfigError, Settings, load_env_file
 
 START_TIMEOUT = 60  # seconds: a crash recovery may take a while
+SOCKET = ".s.PGSQL.5432"  # the name of PostgreSQL's socket
+MAX_PATH = 107 - len(f"/{SOCKET}")  # bytes of its folder's path
 STOP_TIMEOUT = 20  # seconds before an immediate shutdown: it loses no data, but the next start needs a recovery
+
+
+def load_settings() -> Settings:
+    """The settings of this process: of its environment and of the file `.env`, completed. Raises ConfigError."""
+    load_env_file()
+    return fill_settings(Settings.from_env(os.environ), find_folder())
 
 
 def fill_settings(settings: Settings, folder: Path) -> Settings:
@@ -37,14 +46,24 @@ def fill_settings(settings: Settings, folder: Path) -> Settings:
     return dataclasses.replace(settings, database_url=Cluster(folder).url, secrets=known_secrets)
 
 
+def find_folder() -> Path:
+    """The folder of the try-out: the nearest `.taskapi` from the current folder upwards, as for `.env`, or a new one in
+    the current folder. A folder of another user above it is passed over: that user knows its secret."""
+    here = Path.cwd()
+    for folder in (parent / ".taskapi" for parent in (here, *here.parents)):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid():
+                return folder
+    return here / ".taskapi"
+
+
 def _load_secret(folder: Path) -> str:
     path = folder / "secret"
     with _locked(folder):
         if not path.exists():
-            fresh = folder / "secret.new"  # renamed when complete: a killed process must not leave half a secret
-            fresh.touch(0o600)
-            fresh.write_text(secrets.token_urlsafe(32))
-            fresh.rename(path)
+            with _open(folder / "secret.new") as fresh:  # renamed when complete: a process may be killed meanwhile
+                fresh.write(secrets.token_urlsafe(32))
+            Path(fresh.name).rename(path)
         return path.read_text()
 
 
@@ -56,12 +75,18 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def _open(path: Path) -> IO[str]:
+def _open(path: Path, mode: str = "w") -> IO[Any]:
+    """Opens a file that only this user can open: another one could hold its lock for ever."""
+    folder = path.parent
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("w")
+        folder.mkdir(0o711, parents=True, exist_ok=True)  # PostgreSQL may run as another user, who must pass through
+        if os.getuid() not in (0, folder.stat().st_uid):
+            raise ConfigError(f"{folder} belongs to another user: use another folder, or set DATABASE_URL")
+        path.touch(0o600)
+        path.chmod(0o600)  # an older version let others read it
+        return path.open(mode)
     except OSError as error:
-        raise ConfigError(f"cannot write to {path.parent} ({error.strerror}): set DATABASE_URL") from None
+        raise ConfigError(f"cannot write to {folder} ({error.strerror}): set DATABASE_URL") from None
 
 
 class Cluster:
@@ -70,12 +95,23 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.absolute()
-        name = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
-        self._data = self.folder / "postgres"
+        self._data = self.folder / "postgres"  # with the socket: other users cannot enter it, and no cleaner empties it
         self._pid_file = self._data / "postmaster.pid"
-        self._socket = Path("/tmp", f"taskapi-{os.getuid()}-{name}")  # noqa: S108 - a socket's path has 107 bytes
         self._process: subprocess.Popen[bytes] | None = None  # if this process started it
-        self.url = f"postgresql://postgres@/postgres?host={self._socket}"
+
+    @functools.cached_property
+    def url(self) -> str:
+        """Its URL, for this process."""
+        return f"postgresql://postgres@/postgres?host={quote(self._socket_folder, safe='/')}"
+
+    @functools.cached_property
+    def _socket_folder(self) -> str:
+        """The data folder as a path that fits into the address of a socket, and is UTF-8."""
+        path = str(self._data)
+        if len(path) <= MAX_PATH and path.isascii():
+            return path
+        _open(self.folder / "lock").close()  # creates the folder
+        return f"/proc/self/fd/{os.open(self.folder, os.O_PATH)}/{self._data.name}"
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -94,13 +130,12 @@ class Cluster:
     def _start(self) -> None:
         if not self._data.exists():
             self._initdb()
-        self._make_socket_folder()
-        options = ("--listen_addresses=", f"--unix_socket_directories={self._socket}", "--unix_socket_permissions=0700")
         deadline = time.monotonic() + START_TIMEOUT
         with contextlib.ExitStack() as stack:
             while not (self._is_ready() and self._listens()):
                 if self._process is None and not self._listens():
                     self._reset_lock_files()
+                    options = ("--listen_addresses=", "--unix_socket_directories=.")  # a short path: it is relative
                     postgres = self._popen("postgres", "-D", str(self._data), *options)
                     self._process = stack.enter_context(_stop_on_error(postgres))
                 if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
@@ -110,17 +145,18 @@ class Cluster:
     def _stop(self) -> None:
         """Asks for a fast shutdown, which ends all sessions, and after STOP_TIMEOUT for an immediate shutdown."""
         for signal_number in (signal.SIGINT, signal.SIGQUIT):
-            if not self._listens():  # it has ended, and another process may have its id now
-                break
             deadline = time.monotonic() + STOP_TIMEOUT
-            with contextlib.suppress(OSError, ValueError, IndexError):
-                os.kill(int(self._pid_file_lines()[0]), signal_number)
+            if self._process and self._process.poll() is None:  # also if its files have been removed
+                self._process.send_signal(signal_number)
+            elif self._listens():  # else it has ended, and another process may have its id now
+                with contextlib.suppress(OSError, ValueError, IndexError):
+                    os.kill(int(self._pid_file_lines()[0]), signal_number)
+            else:
+                break
             while self._pid_file.exists() and time.monotonic() < deadline:
                 time.sleep(0.01)
         if self._process:
             self._process.wait()
-        with contextlib.suppress(OSError):
-            self._socket.rmdir()
 
     def _initdb(self) -> None:
         """Creates the data in a new folder, and renames that when it is complete: unfinished data is never used."""
@@ -136,16 +172,6 @@ class Cluster:
                 raise ConfigError(f"the embedded PostgreSQL cannot be set up: see {self.folder / 'postgres.log'}")
         fresh.rename(self._data)
 
-    def _make_socket_folder(self) -> None:
-        """Creates it with mode 0700: access to the socket is access to the data. Refuses a folder of another user."""
-        owner = self._owner()
-        with contextlib.suppress(FileExistsError):
-            self._socket.mkdir(0o700)
-            os.chown(self._socket, owner.pw_uid, owner.pw_gid)
-        found = self._socket.lstat()
-        if (found.st_uid, found.st_mode) != (owner.pw_uid, 0o40700):
-            raise ConfigError(f"{self._socket} belongs to another user: remove it")
-
     def _reset_lock_files(self) -> None:
         """Lets PostgreSQL start after a server was killed. Its lock files remain, and another process may have its id
         now: then postgres refuses to start. It accepts the id of its parent, which is this process. postmaster.pid must
@@ -153,8 +179,8 @@ class Cluster:
         with contextlib.suppress(FileNotFoundError):
             _, *rest = self._pid_file_lines()
             self._pid_file.write_bytes(b"\n".join([b"%d" % os.getpid(), *rest]))
-        for file in self._socket.iterdir():
-            file.unlink()
+        for name in (SOCKET, f"{SOCKET}.lock"):
+            (self._data / name).unlink(missing_ok=True)
 
     def _pid_file_lines(self) -> list[bytes]:
         """The lines as bytes: the second line is a path, which may not be valid UTF-8."""
@@ -168,8 +194,9 @@ class Cluster:
             return False
 
     def _listens(self) -> bool:
+        """Whether the server runs: it listens from its start to its end."""
         with socket.socket(socket.AF_UNIX) as sock:
-            return sock.connect_ex(str(self._socket / ".s.PGSQL.5432")) == 0
+            return sock.connect_ex(f"{self._socket_folder}/{SOCKET}") == 0
 
     def _owner(self) -> pwd.struct_passwd:
         """The user that runs PostgreSQL. It refuses root: then the owner of the data, else postgres, else nobody."""
@@ -192,7 +219,7 @@ class Cluster:
         binaries = Path(spec.origin).parent / "pginstall" / "bin"
         command = [*self._setpriv(binaries), str(binaries / program), *arguments]
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PG", "LC_", "LANG"))}
-        with (self.folder / "postgres.log").open("ab") as log:
+        with _open(self.folder / "postgres.log", "ab") as log:
             return subprocess.Popen(  # noqa: S603
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, cwd="/", umask=0o077,
                 start_new_session=True,

@@ -5,7 +5,7 @@ import logging
 import re
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from flask import Flask, Response
 from pythonjsonlogger.json import JsonEncoder, JsonFormatter
@@ -48,6 +48,12 @@ def configure(stream: TextIO = sys.stderr) -> None:
     log.setLevel(logging.INFO)
 
 
+def exit_with(error: Exception) -> NoReturn:
+    """Ends this process with status 1: it cannot start."""
+    log.error("taskapi cannot start: %s", error)
+    sys.exit(1)
+
+
 def log_event(message: str, **fields: Any) -> None:
     """Logs one line about the current request. It has the route, not the path: a path may contain a secret."""
     context = current_context()
@@ -81,19 +87,19 @@ def init_app(app: Flask) -> None:
     @app.after_request
     def finish(response: Response) -> Response:
         context = current_context()
-        _log_request(context, response, duration=round((time.perf_counter() - context.started) * 1000, 2))
+        _log_request(context, response, duration_ms=round((time.perf_counter() - context.started) * 1000, 2))
         response.headers.setdefault("X-Request-ID", context.request_id)
         return response
 
 
 def _log_request(context: RequestContext, response: Response, **fields: Any) -> None:
-    message = "request"
-    if context.reason:
-        message, fields["reason"] = f"request refused: {context.reason}", context.reason
+    message = f"request refused: {context.reason}" if context.reason else "request"
+    if response.status_code >= 400 and (reason := context.reason or context.detail):
+        fields["reason"] = reason
     log_event(
         message,
         status=response.status_code,
-        database=round(context.database_seconds * 1000, 2),
+        database_ms=round(context.database_seconds * 1000, 2),
         user=context.user and context.user.id,
         token_cached=context.token_cached,
         **fields,
@@ -105,7 +111,7 @@ def log_unreadable(client: str, status: int) -> str:
     headers cannot be trusted."""
     request_id = new_request_id()
     absent = dict.fromkeys(("method", "route", "user", "token_cached"))
-    about = {"client": client, "request_id": request_id, "status": status, "duration": 0, "database": 0}
+    about = {"client": client, "request_id": request_id, "status": status, "duration_ms": 0, "database_ms": 0}
     log.info("request refused: not HTTP", extra={**absent, **about})
     return request_id
 

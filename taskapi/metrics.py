@@ -26,11 +26,12 @@ try:
 except ImportError:
     raise ConfigError("METRICS needs prometheus-client: install taskapi[metrics]") from None
 
+METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads this variable at its import
-REQUESTS = Counter("taskapi_requests", "Requests answered.", ["route", "status"])
-SECONDS = Histogram("taskapi_request_seconds", "Seconds from a request's arrival to its answer.", ["route"])
+REQUESTS = Counter("taskapi_requests", "Requests answered.", ["method", "route", "status"])
+SECONDS = Histogram("taskapi_request_seconds", "Seconds from a request's arrival to its answer.", ["method", "route"])
 REFUSED = Counter("taskapi_refused", "Requests refused by the guard or by a limit.", ["reason"])
-TOKENS = Counter("taskapi_tokens", "Valid tokens, by whether they were verified before.", ["remembered"])
+TOKENS = Counter("taskapi_tokens", "Valid tokens, by whether they were verified before.", ["cached"])
 INFO = Gauge("taskapi_info", "The version that runs.", ["version"], multiprocess_mode="max")
 
 
@@ -69,8 +70,9 @@ def _count(response: Response) -> Response:
     context = current_context()
     rule = context.request.url_rule
     route = path_template(rule.rule) if rule else "none"
-    REQUESTS.labels(route, response.status_code).inc()
-    SECONDS.labels(route).observe(time.perf_counter() - context.started)
+    method = context.request.method if context.request.method in METHODS else "other"  # a client may send any
+    REQUESTS.labels(method, route, response.status_code).inc()
+    SECONDS.labels(method, route).observe(time.perf_counter() - context.started)
     if context.reason is not None:
         REFUSED.labels(context.reason).inc()
     if context.token_cached is not None:

@@ -1,9 +1,11 @@
 """The OpenAPI document: static/openapi.json, completed with the app's paths and the schemas. Needs the extra `docs`."""
 
+import functools
 import importlib.util
 import json
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from flask import Flask, Response, request
 from werkzeug import Response as BaseResponse
@@ -67,10 +69,16 @@ def init_app(app: Flask) -> None:
     """Adds `/openapi.json`, outside the guard, if the extra `docs` is installed. Call it after the API is added."""
     if importlib.util.find_spec("apispec") is None:
         return
-    body = json.dumps(document(app)).encode()
+    spec = document(app)
+
+    @functools.lru_cache(8)
+    def body(prefix: str) -> bytes:
+        return json.dumps(spec | {"servers": [{"url": quote(prefix) or "/"}]}).encode()
 
     def openapi() -> BaseResponse:
-        response = Response(body, mimetype="application/json", headers={"Cache-Control": "no-cache"})
+        response = Response(
+            body(request.script_root), mimetype="application/json", headers={"Cache-Control": "no-cache"}
+        )
         response.add_etag()
         answer = response.make_conditional(request)
         answer.headers.pop("Date", None)  # the server adds its own

@@ -32,7 +32,10 @@ def to_json(status: int, detail: str, **members: Any) -> bytes:
 
 
 def problem(status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any) -> Response:
-    """A problem as a response: `abort(problem(422, "…"))` ends the request with it."""
+    """A problem as a response: `abort(problem(422, "…"))` ends the request with it. The log gets what is wrong, but not
+    the names of members and parameters: an unknown one may be any text of the client."""
+    if status < 500:
+        current_context().detail = " ".join({error["detail"]: 0 for error in members.get("errors", ())}) or detail
     return Response(to_json(status, detail, **members), status, headers, content_type=MEDIA_TYPE)
 
 

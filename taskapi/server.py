@@ -8,12 +8,10 @@ import resource
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, NoReturn
 
 import click
@@ -24,8 +22,8 @@ from waitress.buffers import OverflowableBuffer
 from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 
-from . import create_app, docs, embedded, logs, tokens
-from .config import ConfigError, Settings
+from . import VERSION, create_app, docs, embedded, logs, tokens
+from .config import ConfigError, Settings, load_env_file
 from .context import get_api
 from .http import BadRequestTask, Parser, Task
 from .migrations import migrate
@@ -136,6 +134,7 @@ class Server(TcpWSGIServer):
         """Serves until `stop` is called, then answers the requests that have arrived."""
         while not self.is_stopping:
             self._loop(seconds=1)
+        logs.log.info("taskapi is stopping")
         for _ in range(self.adj.backlog):  # accepts the connections in the queue, but not new ones without end
             if not has_input(self.socket):
                 break
@@ -186,15 +185,16 @@ def listen(host: str, port: int) -> socket.socket:
     """A listening socket. Raises ConfigError if the server cannot listen there."""
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family, backlog=WAITRESS["backlog"])
+        is_dual = address[0] == "::" and socket.has_dualstack_ipv6()  # listens on all addresses of IPv4 too
+        return socket.create_server(address[:2], family=family, backlog=WAITRESS["backlog"], dualstack_ipv6=is_dual)
     except (OSError, UnicodeError) as error:  # UnicodeError: not a possible host name
         reason = str(getattr(error, "strerror", "not a host name")).partition(" (while")[0]  # Python adds the address
         raise ConfigError(f"cannot listen on {host}:{port} ({reason}): set HOST or PORT") from None
 
 
-def main(folder: Path) -> None:
+def main() -> None:
     """Serves with the environment's settings until SIGTERM, Ctrl-C or the end of the terminal. Without DATABASE_URL it
-    is a try-out, with its own PostgreSQL and secret in `folder`. Ends with status 1 and one line if it cannot start."""
+    is a try-out, with its own PostgreSQL and secret in a folder. Ends with status 1 and one line if it cannot start."""
     logs.configure()
     # The log does not have these values. Without them it is faster (Python's logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
@@ -208,22 +208,23 @@ def main(folder: Path) -> None:
     handle_stop_signals(exit_now)
     try:
         with contextlib.ExitStack() as stack:
+            load_env_file()
             settings = Settings.from_env(os.environ)
             sock = stack.enter_context(listen(settings.host, settings.port))
             is_tryout = settings.database_url is None
             if is_tryout:
+                folder = embedded.find_folder()
                 settings = embedded.fill_settings(settings, folder)
                 stack.enter_context(embedded.Cluster(folder).running())
             app = create_app(settings)
             database = get_api(app).database
             stack.callback(database.close)
             url = format_url(sock)
-            greeting = f"taskapi listens on {url}"
             if is_tryout:
                 migrate(database)
                 docs.add_front_page(app)
                 token = tokens.issue_token(settings, "me", timedelta(days=1))
-                greeting += TRYOUT.format(folder=click.format_filename(folder), token=token, url=url)
+                tryout = TRYOUT.format(folder=click.format_filename(folder), token=token, url=url)
             if settings.metrics:
                 from . import metrics  # needs an extra
 
@@ -232,12 +233,15 @@ def main(folder: Path) -> None:
             handle_stop_signals(server.stop)
             if received:  # Python ignores the SystemExit of exit_now if a destructor was running
                 raise SystemExit
-            click.echo(greeting)
-            if not is_tryout:  # its database has just been migrated
+            logs.log.info("taskapi listens on %s", url, extra={"url": url, "version": VERSION})
+            if is_tryout:  # its database has just been migrated
+                click.echo(tryout)
+            else:
                 threading.Thread(target=database.log_problems, name="taskapi-check", daemon=True).start()  # may hang
             server.serve()
+            logs.log.info("taskapi has stopped")
     except ConfigError as error:
-        sys.exit(f"taskapi: {error}")
+        logs.exit_with(error)
     finally:
         # A second signal would change the exit status, or be reported if it came while its handler is replaced.
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)

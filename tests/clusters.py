@@ -42,9 +42,6 @@ class Postgres(Cluster):
         if self._process:
             kill_all(self.processes)
             self._wait_for_exit()
-        for left in self._socket.iterdir():
-            left.unlink()
-        self._socket.rmdir()
 
     @property
     def processes(self) -> set[int]:

@@ -291,7 +291,7 @@ def serving(
     """Runs `python wsgi.py` in `folder`. Without DATABASE_URL it is a try-out; its token is the one that it prints."""
     env = environment(**variables or {})
     with started([*python, "wsgi.py"], folder, env, uid) as process:
-        url = process.wait_for(r"listens on (\S+)")
+        url = process.wait_for(r"listens on (http:[^\s\"]+)")
         if "DATABASE_URL" not in env:
             token = process.wait_for(r"\ncurl -H 'Authorization: Bearer (\S+)'")
         yield Server(process.popen, process.out, process.err, folder, env, url, token)

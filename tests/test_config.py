@@ -10,9 +10,11 @@ from tests.people import SECRET
 
 NOT_ORIGINS = [
     *("*", "null", "a.example", "https://", "https://a.example/", "https://a.example/a", "https://a?b", "https://é"),
-    *("ftp://a.example", "https://A.example", "https://a.example:443", "http://a.example:80", "https://*.example"),
+    *("tauri://localhost/", "https://A.example", "https://a.example:443", "http://a.example:80", "https://*.example"),
     *("https://ann@a.example", "https://a.example:x", "https://a b"),
 ]
+DATABASE = "postgresql://ann@h/d"
+PASSWORDS = [f"postgresql://ann:{password}@h/d" for password in ("pa@ss", "pa/ss", "12/34", "a@b:c", "p?@q", "p%")]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,17 @@ NOT_ORIGINS = [
         ("BETTER_AUTH_SECRET", ".* placeholder", ["better-auth-secret-12345678901234567890"]),
         ("BETTER_AUTH_SECRETS", "BETTER_AUTH_SECRETS is not of the form", ["x" * 32, f"a:{'x' * 32}", ","]),
         ("BETTER_AUTH_SECRETS", "BETTER_AUTH_SECRET is too short", ["2:short,1:x"]),
-        ("DATABASE_URL", "DATABASE_URL is not a libpq URL", ["what://is.this"]),
+        ("DATABASE_URL", "DATABASE_URL is not a libpq URL.* @ as %40", [*PASSWORDS, "what://is.this"]),
+        ("DATABASE_URL", "DATABASE_URL has schema, which only Prisma .*: remove it$", [f"{DATABASE}?schema=public"]),
+        ("DATABASE_URL", "DATABASE_URL has sslmode=no-verify, .*: set sslmode=req", [f"{DATABASE}?sslmode=no-verify"]),
+        ("DATABASE_URL", "DATABASE_URL has postgresql.psycopg, .*: set postgresql$", ["postgresql+psycopg://h/d"]),
+        (
+            "CORS_ORIGINS",
+            "CORS_ORIGINS has .*: set https://a.example$",
+            ["https://a.example/", "HTTPS://A.Example:443/b"],
+        ),
+        ("HOST", "HOST is not an address: .* set ::, or 0.0.0.0", ["*"]),
+        ("TRUSTED_PROXY", "TRUSTED_PROXY is not an IP address or network", ["localhost", "10.0.0.1/8"]),
         ("JWKS_URL", "JWKS_URL is not an http or https URL", ["ftp://h/keys", "http://h:99999/", "https://h/a b"]),
         ("BETTER_AUTH_URL", "BETTER_AUTH_URL is not an http or https URL", ["http://[::1", "auth.example.com"]),
         ("JWT_USER_CLAIM", "JWT_USER_CLAIM has no names", [","]),
@@ -39,8 +51,35 @@ def test_invalid_values_are_refused_by_the_name_of_the_variable(name: str, messa
 
 
 def test_an_empty_variable_counts_as_not_set_and_origins_are_separated_by_commas() -> None:
-    given = {"DATABASE_URL": " ", "PORT": "", "CORS_ORIGINS": " https://a.example ,http://[::1]:5173,"}
-    assert Settings.from_env(given) == Settings(cors_origins=("https://a.example", "http://[::1]:5173"))
+    given = {
+        "DATABASE_URL": " ",
+        "PORT": "",
+        "CORS_ORIGINS": " https://a.example ,http://[::1]:5173,app-2://localhost,",
+    }
+    expected = Settings(cors_origins=("https://a.example", "http://[::1]:5173", "app-2://localhost"))
+    assert Settings.from_env(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("url", "origin", "path"),
+    [
+        ("https://a.example", "https://a.example", "/api/auth"),
+        ("HTTPS://A.Example:443/", "https://a.example", "/api/auth"),
+        ("http://a.example:80/auth/v2//?x=1", "http://a.example", "/auth/v2"),
+        ("http://ann:p@[::1]:3000", "http://[::1]:3000", "/api/auth"),
+    ],
+)
+def test_better_auth_url_means_what_it_means_to_better_auth(url: str, origin: str, path: str) -> None:
+    settings = Settings(better_auth_url=url)
+    assert (settings.key_set_url, settings.better_auth_urls) == (f"{origin}{path}/jwks", (origin,))
+    assert Settings(better_auth_url=url, jwks_url="https://b.example/k").key_set_url == "https://b.example/k"
+
+
+@pytest.mark.parametrize(
+    "end", ["ann:p%40ss@h:1/d", "/d?host=@abstract", "h1:1,h2:2/d?sslmode=require", "[::1]/d", "ann:p?#@h"]
+)
+def test_urls_of_libpq_are_accepted(end: str) -> None:
+    assert Settings(database_url=f"postgresql://{end}")
 
 
 def test_settings_never_show_their_secrets() -> None:

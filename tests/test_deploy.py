@@ -1,16 +1,21 @@
 """The README's lines for a deployment, with the real programs: nginx, granian, systemd, a container's steps."""
 
 import json
+import re
 import secrets
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,11 +50,54 @@ def settings(database_url: str) -> dict[str, str]:
 @contextmanager
 def nginx_before(url: str, other: str, folder: Path) -> Iterator[str]:
     """nginx with the README's lines in front of two servers; yields its URL."""
-    port = free_port()
-    site = readme(language="nginx").replace("127.0.0.1:8000", url[7:]).replace("127.0.0.1:8001", other[7:])
-    with nginx(folder, site.replace(":8080", f":{port}")):
+    port, site = free_port(), readme("Deployment", "nginx")
+    site = re.sub(r"ssl_certificate.*|listen .*80;|listen \[.*| ssl\b", "", site)  # of TLS see below
+    site = site.replace("listen 443", f"listen 127.0.0.1:{port}")
+    with nginx(folder, site.replace("127.0.0.1:8000", url[7:]).replace("127.0.0.1:8001", other[7:])):
         wait_until(lambda: listens(port), "nginx listens")
         yield f"http://127.0.0.1:{port}"
+
+
+@needs_nginx
+@pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
+@pytest.mark.parametrize("prefix", ["", "/todo"])
+def test_urls_behind_nginx_with_tls_are_those_of_the_client(
+    folder: Path, settings: dict[str, str], tmp_path: Path, prefix: str
+) -> None:
+    """At the root, and at a path as the README says. A client that accepts gzip gets strong tags."""
+    secure, plain, key, certificate = free_port(), free_port(), f"{tmp_path}/key.pem", f"{tmp_path}/certificate.pem"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout {key} -out {certificate}"
+    subprocess.run([*command.split(), "-addext", "subjectAltName=DNS:localhost"], capture_output=True, check=True)
+    site = readme("Deployment", "nginx").replace("/etc/ssl/private/tasks.example.com.key", key)
+    site = site.replace("/etc/ssl/tasks.example.com.pem", certificate).replace("443", str(secure))
+    site = site.replace("80;", f"{plain};").replace("https://$host", f"https://$host:{secure}")
+    if prefix:
+        site = site.replace("location / {", "location /todo/ {").replace(
+            "pass http://taskapi;", "pass http://taskapi/;"
+        )
+        site = site.replace('Prefix "";', "Prefix /todo;")
+    https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=certificate))
+    headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json", "Accept-Encoding": "gzip"}
+    with serving(folder, settings) as server, ExitStack() as stack:
+
+        def send(url: str, body: bytes | None = None) -> Any:
+            sent = urllib.request.Request(url, body, headers)  # noqa: S310
+            return stack.enter_context(urllib.request.build_opener(https).open(sent, timeout=30))
+
+        stack.enter_context(nginx(tmp_path, re.sub("server 127.*", f"server {server.url[7:]};", site)))
+        wait_until(lambda: listens(secure), "nginx listens")
+        if socket.has_dualstack_ipv6():
+            socket.create_connection(("::1", secure)).close()
+        url, insecure = f"https://localhost:{secure}", f"http://localhost:{plain}"
+        for _ in range(2):
+            location = send(f"{url}{prefix}{TASKS}", b'{"title": "Buy milk"}').headers["Location"]
+        assert location.startswith(f"{prefix}{TASKS}/")
+        task = send(insecure + location)
+        assert task.url == url + location  # nginx redirects it
+        assert re.fullmatch('"[^"]+"', task.headers["ETag"])
+        link = send(f"{url}{prefix}{TASKS}?limit=1").headers["Link"]
+        assert link.startswith(f"<{prefix}{TASKS}?limit=1&cursor=")
+        assert json.load(send(f"{url}{prefix}/openapi.json"))["servers"] == [{"url": prefix or "/"}]
 
 
 def create_tasks(url: str, user: str, stop: threading.Event) -> list[str]:
@@ -88,7 +136,8 @@ def test_restart_behind_nginx_fails_no_request(folder: Path, settings: dict[str,
             created, listed = work.result(), ask(other.url, "GET", f"/api/{user}/tasks", token=mint(user)).json
             assert [task["title"] for task in listed] == created
         assert '"status": 201' in first.stderr
-        assert {line["client"] for line in map(json.loads, first.stderr.splitlines())} == {"127.0.0.1"}
+        lines = map(json.loads, first.stderr.splitlines())
+        assert {line["client"] for line in lines if "client" in line} == {"127.0.0.1"}
         assert first.complaints == other.complaints == again.complaints == []
 
 

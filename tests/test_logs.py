@@ -54,7 +54,7 @@ def event(message: str, method: str, route: str, user: str | None, **fields: Any
 
 
 def refusal(status: int, reason: str, method: str = "GET", route: str = TASKS, user: str | None = None) -> Any:
-    fields = {"reason": reason, "status": status, "duration": ANY, "database": 0, "token_cached": ANY}
+    fields = {"reason": reason, "status": status, "duration_ms": ANY, "database_ms": 0, "token_cached": ANY}
     return event(f"request refused: {reason}", method, route, user, **fields)
 
 
@@ -99,10 +99,26 @@ def test_unreachable_key_server_is_logged_without_its_password(events: Events) -
     assert request == refusal(503, "The key server cannot be reached.")
 
 
-def test_other_errors_are_no_events(alice: Person, events: Events) -> None:
-    for method, path in (("GET", ""), ("GET", "/1"), ("DELETE", "/1"), ("BREW", ""), ("POST", ""), ("OPTIONS", "")):
-        ask(alice, method, path)
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "reason"),
+    [
+        ("GET", "", None, 200, None),
+        ("DELETE", "/1", None, 404, "No task with this id."),
+        ("GET", "/1/2", None, 404, "No such path."),
+        ("BREW", "", None, 405, ".*support.*"),
+        ("POST", "", "x" * 70_000, 413, ".*large.*"),
+        ("POST", "", {"title": " ", "Buy milk": 1}, 422, ".*not be blank.*"),
+        ("GET", "?Buy+milk=1", None, 422, ".+"),
+    ],
+)
+def test_other_errors_are_no_events_but_each_has_a_reason(
+    alice: Person, events: Events, caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any, status: int,
+    reason: str | None,
+) -> None:  # fmt: skip
+    assert ask(alice, method, path, json=body) == status
     assert events() == []
+    logged = getattr(caplog.records[-1], "reason", "")
+    assert re.fullmatch(reason or "", logged)
 
 
 def test_host_app_logs_refused_requests_only(
@@ -114,7 +130,7 @@ def test_host_app_logs_refused_requests_only(
     assert [ask(ann), ask(ann, Authorization="Bearer x"), ask(ann)] == [200, 401, 200]
     get_api(host).database.close()
     (refused,) = events()
-    assert {"duration": 0, **refused} == refusal(401, "The token is malformed.")  # the host may measure the duration
+    assert {"duration_ms": 0, **refused} == refusal(401, "The token is malformed.")  # the host may measure the duration
     assert len(caplog.records) == 1
 
 

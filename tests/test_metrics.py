@@ -1,6 +1,7 @@
 """Metrics for Prometheus: of one process, of several, and at an address of their own."""
 
 import contextlib
+import re
 import signal
 import socket
 import sys
@@ -15,10 +16,10 @@ import taskapi
 from taskapi import ConfigError, Settings
 from tests.issuers import Signer, publishing
 from tests.people import SECRET, mint, running_app
-from tests.processes import PYTHON, environment, free_port, serving, shared_copy, started, wait_until
+from tests.processes import PYTHON, environment, free_port, readme, serving, shared_copy, started, wait_until
 from tests.servers import raise_timeouts, serving_with, tasks_locked
 
-LIST = 'route="/api/{user_id}/tasks"'
+LIST = 'method="GET",route="/api/{user_id}/tasks"'
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -59,7 +60,7 @@ def test_requests_are_counted_whatever_process_served_them(
             assert server.ask("GET", "/api/ann/tasks").status == 200
         assert server.ask("GET", "/api/ann/tasks", token="x.y.z").status == 401
         assert server.ask("GET", "/api/ann/tasks/0").status == 404
-        assert server.ask("GET", "/metrics").status == 404
+        assert server.ask("BREW", "/metrics").status == 404
         wait_until(lambda: scrape(port), "there are metrics")
         found = scrape(port)
         if workers > 1:
@@ -67,16 +68,19 @@ def test_requests_are_counted_whatever_process_served_them(
             assert exporter.stderr == ""
     assert found[f'taskapi_requests_total{{{LIST},status="200"}}'] == 20
     assert found[f'taskapi_requests_total{{{LIST},status="401"}}'] == 1
-    assert found['taskapi_requests_total{route="none",status="404"}'] == 1
+    assert found['taskapi_requests_total{method="other",route="none",status="404"}'] == 1
     assert found[f"taskapi_request_seconds_count{{{LIST}}}"] == 21
     assert found['taskapi_refused_total{reason="The token is malformed."}'] == 1
-    verified = found['taskapi_tokens_total{remembered="false"}']
+    verified = found['taskapi_tokens_total{cached="false"}']
     assert 1 <= verified <= workers
-    assert found['taskapi_tokens_total{remembered="true"}'] == 21 - verified
+    assert found['taskapi_tokens_total{cached="true"}'] == 21 - verified
     assert found[f'taskapi_info{{version="{taskapi.VERSION}"}}'] == 1
     of_one_process = {"process_resident_memory_bytes", 'taskapi_pool_connections{state="waiting"}'}
     assert of_one_process & found.keys() == (of_one_process if workers == 1 else set())
     assert not [name for name in found if "pid=" in name]
+    if workers == 1:
+        watched = set(re.findall(r"`((?:taskapi|process)_\w+)", readme("Operations"))) - {"taskapi_key_set_age_seconds"}
+        assert not [name for name in watched if not any(key.startswith(name) for key in found)]
 
 
 def test_pool_and_age_of_the_key_set_are_read_at_the_scrape(

@@ -83,7 +83,8 @@ def test_document_and_its_examples_are_valid_and_served(document: Document, clie
     response = client.get("/openapi.json")
     assert (response.status_code, response.content_type) == (200, "application/json")
     assert response.headers["Cache-Control"] == "no-cache"
-    assert response.json == openapi.document(app) == document
+    assert openapi.document(app) == document
+    assert response.json == document | {"servers": [{"url": "/"}]}
     unchanged = client.get("/openapi.json", headers={"If-None-Match": response.headers["ETag"]})
     assert (unchanged.status_code, unchanged.data) == (304, b"")
     parts = [document["components"]["schemas"]["Task"]]

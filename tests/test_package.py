@@ -1,5 +1,6 @@
 """What is shipped and what can serve it: a wheel away from its tree, waitress, gunicorn, several processes at once."""
 
+import json
 import re
 import secrets
 import shutil
@@ -72,7 +73,7 @@ def test_installed_wheel_serves_away_from_the_tree_once_the_database_is_migrated
     assert run(where, tmp_path, env) == f"{site}/taskapi/__init__.py\n"
     script, module = [f"{site}/bin/taskapi"], [*PYTHON, "-m", "taskapi"]
     with started([*script, "serve"], tmp_path, env) as first, started([*module, "serve"], tmp_path, env) as second:
-        urls = [process.wait_for(r"listens on (\S+)") for process in (first, second)]
+        urls = [process.wait_for(r"listens on (http:[^\s\"]+)") for process in (first, second)]
         assert first.wait_for("`flask --app wsgi taskapi migrate`")
         refused = ask(urls[0], "GET", "/api/me/tasks", token=mint("me"))
         assert_problem(refused, 503)
@@ -82,8 +83,31 @@ def test_installed_wheel_serves_away_from_the_tree_once_the_database_is_migrated
         assert run([*host, "migrate"], tmp_path, env) == "the schema is up to date\n"
         assert_serves(*urls)
         assert [first.stop(), second.stop()] == [0, 0]
-        assert first.stdout == f"taskapi listens on {urls[0]}\n"
+        first_line, *_, stopping, stopped = [json.loads(line)["message"] for line in first.stderr.splitlines()]
+        assert (first_line, stopping) == (f"taskapi listens on {urls[0]}", "taskapi is stopping")
+        assert (stopped, first.stdout) == ("taskapi has stopped", "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow  # initdb
+def test_wheel_alone_is_a_tryout_whose_commands_use_the_same_data_and_settings(site: Path, tmp_path: Path) -> None:
+    """Also from a folder below. The file with the settings is named on stderr: stdout has the token alone."""
+    below = tmp_path / "data" / "below"
+    below.mkdir(parents=True)
+    (tmp_path / ".env").write_text(f"BETTER_AUTH_SECRET='{SECRET}'\n")
+    env, script = environment(PYTHONPATH=str(site)), f"{site}/bin/taskapi"
+    with started([script, "serve"], tmp_path / "data", env) as server:
+        url = server.wait_for(r"listens on (http:[^\s\"]+)")
+        server.wait_for("\ncurl")
+        ended = subprocess.run([script, "token", "ann"], cwd=below, env=env, capture_output=True, text=True, check=True)
+        assert ask(url, "POST", "/api/ann/tasks", {"title": "Buy milk"}, ended.stdout.strip()).status == 201
+        exported = subprocess.run([script, "export", "ann"], cwd=below, env=env, capture_output=True, check=True)
+        assert json.loads(exported.stdout)["title"] == "Buy milk"
+        for stderr in (ended.stderr, exported.stderr, server.stderr.splitlines()[0]):
+            assert json.loads(stderr)["message"] == f"settings from {tmp_path}/.env"
+        assert server.stop() == 0
+    assert [path.name for path in tmp_path.rglob(".taskapi")] == [".taskapi"]
+    assert not list(below.iterdir())
 
 
 SERVERS = {

@@ -1,6 +1,7 @@
 """The try-out of a fresh clone: real processes, and the PostgreSQL from the wheel."""
 
 import contextlib
+import json
 import os
 import pwd
 import re
@@ -52,10 +53,6 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def assert_nothing_runs(folder: Path) -> None:
     wait_until(lambda: not processes_in(folder), f"no process is left in {folder}")
-
-
-def socket_folder(folder: Path) -> Path:
-    return Path(Cluster(folder / ".taskapi").url.partition("?host=")[2])
 
 
 def postmaster(folder: Path) -> int:
@@ -116,7 +113,6 @@ def test_signal_stops_the_server_and_its_postgresql(warm: Path, number: signal.S
         assert server.stop(number) == 0
         assert server.complaints == []
     assert_nothing_runs(warm)
-    assert not socket_folder(warm).exists()
 
 
 @pytest.mark.parametrize("sign", ["postgres/postmaster.pid", pytest.param("initdb-*/base", marks=pytest.mark.slow)])
@@ -139,7 +135,7 @@ def test_pid_file_with_the_number_of_another_process_harms_neither(warm: Path) -
     uid = data_owner(warm) if os.getuid() == 0 else None
     with started(["sleep", "600"], Path("/"), environment(), uid) as unrelated:
         with serving(warm):
-            locks = [warm / ".taskapi" / "postgres" / "postmaster.pid", socket_folder(warm) / ".s.PGSQL.5432.lock"]
+            locks = [warm / ".taskapi" / "postgres" / name for name in ("postmaster.pid", ".s.PGSQL.5432.lock")]
             texts = [lock.read_bytes().splitlines() for lock in locks]
             kill_all(processes_in(warm))
             assert_nothing_runs(warm)
@@ -150,6 +146,25 @@ def test_pid_file_with_the_number_of_another_process_harms_neither(warm: Path) -
             assert server.stop() == 0
         assert unrelated.popen.poll() is None
     assert_nothing_runs(warm)
+
+
+def test_other_users_can_neither_read_the_files_nor_hold_the_locks(warm: Path) -> None:
+    (warm / ".taskapi" / "lock").chmod(0o644)  # as an older version left it
+    with serving(warm) as server:
+        assert server.stop() == 0
+    modes = {path.name: path.stat().st_mode & 0o077 for path in (warm / ".taskapi").iterdir()}
+    assert modes == dict.fromkeys(["lock", "postgres", "postgres.log", "secret", "users"], 0)
+
+
+def test_removed_data_folder_delays_neither_the_stop_nor_the_next_start(folder: Path) -> None:
+    with serving(folder) as server:
+        shutil.rmtree(folder / ".taskapi")
+        start = time.monotonic()
+        assert server.stop() == 0
+        assert time.monotonic() - start < 10
+        assert_nothing_runs(folder)
+    with serving(folder) as again:
+        assert again.ask("POST", TASKS, {"title": "Buy milk"}).status == 201
 
 
 def test_killed_postgresql_does_not_delay_the_stop(warm: Path) -> None:
@@ -195,7 +210,7 @@ def test_readme_run_line_works_as_root_in_a_folder_of_mode_0700(checkout: Path) 
             assert shell.popen.poll() is None, shell.stderr
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        url, token = shell.wait_for(r"listens on (\S+)"), shell.wait_for(r"Bearer ([^'\s]+)")
+        url, token = shell.wait_for(r"listens on (http:[^\s\"]+)"), shell.wait_for(r"Bearer ([^'\s]+)")
         assert ask(url, "POST", TASKS, {"title": "Buy milk"}, token).status == 201
         status = dict(re.findall(r"(\w+):\s+(\S+)", Path(f"/proc/{postmaster(folder)}/status").read_text()))
         assert int(status["Uid"]) == data_owner(folder) != 0
@@ -249,10 +264,10 @@ def refusal(
         timeout=30, check=False, user=uid, group=uid,
     )  # fmt: skip
     assert (ended.returncode, ended.stdout) == (1, "")
-    (line,) = ended.stderr.splitlines()
-    assert line.startswith("taskapi: ")
+    line = json.loads(ended.stderr.splitlines()[-1])["message"]
+    assert line.startswith("taskapi cannot start: ")
     assert not processes_in(folder)
-    return line.removeprefix("taskapi: ")
+    return str(line).removeprefix("taskapi cannot start: ")
 
 
 def test_address_that_cannot_be_used_is_refused(folder: Path) -> None:
@@ -265,12 +280,24 @@ def test_address_that_cannot_be_used_is_refused(folder: Path) -> None:
         listen("192.0.2.1", 0)
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_host_of_two_colons_is_every_address_of_both_families() -> None:
+    with listen("::", 0) as sock:
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, sock.getsockname()[1]), 5).close()
+
+
 @pytest.mark.slow
 def test_unprivileged_user_can_run_it_where_the_data_folder_can_be_written(
     shared_python: list[str], shared_folder: Path
 ) -> None:
     line = refusal(shared_folder, command=shared_python, uid=UNPRIVILEGED)
     assert line == f"cannot write to {shared_folder}/.taskapi (Permission denied): set DATABASE_URL"
+    (shared_folder / ".taskapi").mkdir(0o777)
+    (shared_folder / ".taskapi").chmod(0o777)
+    line = refusal(shared_folder, command=shared_python, uid=UNPRIVILEGED)
+    assert line.startswith(f"{shared_folder}/.taskapi belongs to another user: ")
+    (shared_folder / ".taskapi").rename(shared_folder.parent / ".taskapi")  # where it is passed over
     change_owner(shared_folder, NAMELESS)
     line = refusal(shared_folder, command=shared_python, uid=NAMELESS)  # as initdb would
     assert re.fullmatch(f".*{NAMELESS}.*: set DATABASE_URL", line)
@@ -289,8 +316,18 @@ def test_missing_extra_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Mo
         pass
 
 
+@pytest.mark.parametrize("text", ["HOST=é".encode("latin-1"), "HOST=é".encode("utf-16"), "HOST=".encode("utf-16-le")])
+def test_env_file_that_is_not_utf8_is_refused(folder: Path, text: bytes) -> None:
+    (folder / ".env").write_bytes(text)
+    expected = f"the settings in {folder}/.env cannot be read (not UTF-8): correct or remove the file"
+    assert refusal(folder) == expected
+    command = [*PYTHON, "-m", "taskapi", "check"]
+    ended = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", f"Error: {expected}\n")
+
+
 def test_env_file_is_read_the_environment_wins_and_a_file_is_no_data_folder(folder: Path) -> None:
-    (folder / ".env").write_text("HOST=a..b\nBETTER_AUTH_SECRET=short\n")
+    (folder.parent / ".env").write_text("\ufeffHOST=a..b\nBETTER_AUTH_SECRET=short\n")
     assert "BETTER_AUTH_SECRET" in refusal(folder)
     assert "a..b" in refusal(folder, {"BETTER_AUTH_SECRET": SECRET})
     assert not (folder / ".taskapi").exists()
