@@ -1,6 +1,8 @@
 """taskapi: a JWT-secured task-management REST API, as an app of its own or as a part of another Flask app."""
 
 import os
+import re
+import select
 from collections.abc import Callable
 from typing import Any
 
@@ -11,8 +13,10 @@ VERSION = "0.2.0"  # defined before the imports, because the modules import it
 
 from . import commands, context, db, docs, health, limits, logs, openapi, problems, proxy, tasks, tokens
 from .config import ConfigError, Settings
+from .tokens import issue_token
 
-__all__ = ["VERSION", "ConfigError", "Settings", "create_app", "init_app"]
+__all__ = ["VERSION", "ConfigError", "Settings", "create_app", "init_app", "issue_token"]
+__all__ += ["docs", "health", "openapi", "tasks"]  # see "Embedding" in the README
 
 
 class App(Flask):
@@ -50,11 +54,19 @@ def init_app(
     `pool` is an open psycopg pool whose connections the API uses. Without it, the API creates a pool. Routes and error
     handlers outside the prefix do not change.
     """
+    if "taskapi" in app.extensions:
+        raise ConfigError("this app has the API already: call init_app once for each app")
+    if not re.fullmatch("(/[^<>?#]*)?", url_prefix):
+        raise ConfigError(f"url_prefix {url_prefix!r} is not a fixed path: pass one such as /api")
+    if not isinstance(pool, ConnectionPool | None):
+        raise ConfigError(f"pool is of type {type(pool).__name__}: pass a psycopg_pool.ConnectionPool, or no pool")
+    if not hasattr(select, "poll"):
+        raise ConfigError("select.poll is missing, which eventlet removes: serve with threads or gevent")
     settings = settings or Settings.from_env(os.environ)
     verifier = tokens.TokenVerifier(settings)
     database = db.Database(settings.database_url, pool)
     limiter = limits.Limits(settings, database.max_connections)
-    app.extensions["taskapi"] = context.TaskAPI(settings, database, verifier, limiter)
     app.url_map.converters.update(taskapi_user=tasks.UserId, taskapi_id=tasks.TaskId)
     app.register_blueprint(tasks.bp, url_prefix=url_prefix)
+    app.extensions["taskapi"] = context.TaskAPI(settings, database, verifier, limiter)
     app.cli.add_command(commands.group)

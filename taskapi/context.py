@@ -10,10 +10,10 @@ from flask import Flask, Request, current_app, g, request
 
 from .config import Settings
 from .db import Database
-from .tokens import TokenVerifier, User
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # these import this module
     from .limits import Limits
+    from .tokens import TokenVerifier, User
 
 _REQUEST_ID = re.compile(r"[\w.~+/=:@-]{1,128}", re.ASCII)
 
@@ -24,7 +24,7 @@ class TaskAPI:
 
     settings: Settings
     database: Database
-    verifier: TokenVerifier
+    verifier: "TokenVerifier"
     limits: "Limits"
 
 
@@ -36,7 +36,7 @@ class RequestContext:
     outer: "RequestContext | None"  # if a view of an embedding app calls the API: the context of that view
     request_id: str
     started: float  # by time.perf_counter()
-    user: User | None = None  # None before the guard
+    user: "User | None" = None  # None before the guard
     token_cached: bool | None = None  # whether the token was verified before; None without a valid token
     reason: str | None = None  # why the guard or a limit refused the request, for the log and the metrics
     detail: str | None = None  # what any other 4xx says, for the log

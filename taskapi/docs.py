@@ -30,16 +30,16 @@ _HOST = re.compile(r"(?:[a-z0-9][a-z0-9._-]{0,252}|\[[0-9a-f:.]{2,45}\])(?::[0-9
 def init_app(app: Flask) -> None:
     """Adds `/docs` to an app that has `/openapi.json`, if the extra `docs` is installed."""
     spec = importlib.util.find_spec("flask_swagger_ui")
-    if spec is None or spec.origin is None or "openapi" not in app.view_functions:
+    if spec is None or spec.origin is None or "taskapi_openapi" not in app.view_functions:
         return
     static, vendor = Path(__file__).parent / "static", Path(spec.origin).parent / "dist"
     types = PACKAGE_ASSETS | VENDOR_ASSETS
 
-    @app.get("/docs")
+    @app.get("/docs", endpoint="taskapi_docs")
     def docs() -> Response:
         return _page(send_from_directory(static, "docs.html"), DOCS_POLICY)
 
-    @app.get("/docs/<file>")
+    @app.get("/docs/<file>", endpoint="taskapi_docs_file")
     def docs_file(file: str) -> Response:
         if file not in types:
             abort(404)

@@ -13,12 +13,12 @@ log = logging.getLogger(__name__)
 def init_app(app: Flask) -> None:
     """Adds `/livez` and `/readyz`."""
 
-    @app.get("/livez")
+    @app.get("/livez", endpoint="taskapi_livez")
     def livez() -> Response:
         """200: the process answers."""
         return Response('{"status": "alive"}', mimetype="application/json")
 
-    @app.get("/readyz")
+    @app.get("/readyz", endpoint="taskapi_readyz")
     def readyz() -> Response:
         """200: requests can be served. 503: the database, its schema or a key that verifies tokens is missing."""
         api = get_api()

@@ -27,7 +27,7 @@ MAX_WAITING = 2  # requests that wait for one fetch: clients that send unknown k
 MAX_BYTES = 256 * 1024  # enough for 500 RSA keys; issuers publish fewer than ten
 MIN_RSA_BITS = 2048  # RFC 7518 §3.3
 
-ALGORITHMS = {
+ALGORITHMS: dict[tuple[str, str | None], tuple[str, ...]] = {
     ("OKP", "Ed25519"): ("EdDSA",),
     ("OKP", "Ed448"): ("EdDSA",),
     ("EC", "P-256"): ("ES256",),

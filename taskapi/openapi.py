@@ -45,7 +45,7 @@ def document(app: Flask) -> Json:
             if name in operations:
                 parameters = converter.schema2parameters(schema, location="query")
                 operations[name]["parameters"] = parameters + operations[name]["parameters"]
-        if (name := next(iter(operations))) in rules:  # an embedding app has no health checks
+        if (name := next(iter(operations))) in rules:  # an embedding app may have no health checks
             spec["paths"][path_template(rules[name])] = item
     return spec
 
@@ -84,4 +84,4 @@ def init_app(app: Flask) -> None:
         answer.headers.pop("Date", None)  # the server adds its own
         return answer
 
-    app.add_url_rule("/openapi.json", view_func=openapi)
+    app.add_url_rule("/openapi.json", endpoint="taskapi_openapi", view_func=openapi)

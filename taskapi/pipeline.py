@@ -11,12 +11,14 @@ import select
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import psycopg
 from psycopg import errors, pq
 
 _prepared: WeakKeyDictionary[psycopg.Connection[Any], set[bytes]] = WeakKeyDictionary()
+# Connections through a pooler that mixes prepared statements. Their prepare_threshold may be an embedding app's.
+_pooled: WeakSet[psycopg.Connection[Any]] = WeakSet()
 
 MAX_PREPARED = 100  # of a connection: each takes some 50 KB of PostgreSQL's memory
 
@@ -67,18 +69,20 @@ def run_batch(
         if isinstance(error, psycopg.OperationalError):
             raise ConnectionLost(str(error)) from None
         raise
+    failed = (result for result in results if result.status == pq.ExecStatus.FATAL_ERROR)
+    refusal = next(map(errors.error_from_result, failed), None)
+    if isinstance(refusal, errors.InvalidSqlStatementName):
+        _prepared[conn].clear()  # DISCARD ALL, or a ROLLBACK of an embedding app: psycopg then deallocates all
     for name, result in zip(sent, results, strict=False):  # there is one more result if the commit itself fails
         if name and result.status == pq.ExecStatus.COMMAND_OK:  # it stays prepared even if a later statement fails
             _prepared[conn].add(name)
-    for result in results:
-        if result.status == pq.ExecStatus.FATAL_ERROR:
-            refusal = errors.error_from_result(result)
-            is_about_name = isinstance(refusal, (errors.InvalidSqlStatementName, errors.DuplicatePreparedStatement))
-            if not is_about_name or conn.prepare_threshold is None:
-                raise refusal
-            conn.prepare_threshold = None  # a pooler has lost a prepared statement, or kept an old one
-            return run_batch(conn, statements, params, seconds)
-    return results[len(sent) - 1]
+    if refusal is None:
+        return results[len(sent) - 1]
+    if isinstance(refusal, errors.DuplicatePreparedStatement):
+        _pooled.add(conn)
+    elif not isinstance(refusal, errors.InvalidSqlStatementName):
+        raise refusal
+    return run_batch(conn, statements, params, seconds, is_common)
 
 
 def _send(
@@ -86,12 +90,13 @@ def _send(
 ) -> list[bytes | None]:
     """Sends all statements. Returns, for each command sent, the name that it prepares, or None."""
     pgconn, prepared = conn.pgconn, _prepared.setdefault(conn, set())
+    can_prepare = conn.prepare_threshold is not None and conn not in _pooled
     pgconn.enter_pipeline_mode()
     sent: list[bytes | None] = []
     for number, (name, text, parameters) in enumerate(map(to_positional, statements), 1):
         values = [_encode(params[parameter]) for parameter in parameters]
         is_rare = number == len(statements) and not is_common
-        if conn.prepare_threshold is None or (is_rare and name not in prepared and len(prepared) >= MAX_PREPARED):
+        if not can_prepare or (is_rare and name not in prepared and len(prepared) >= MAX_PREPARED):
             pgconn.send_query_params(text, values)
         else:
             if name not in prepared:

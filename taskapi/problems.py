@@ -5,7 +5,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from flask import Blueprint, Flask, Response, current_app, got_request_exception, request
+from flask import Blueprint, Flask, Response, current_app, g, got_request_exception, request
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.http import HTTP_STATUS_CODES
 
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 
-# The detail of an error that has none of its own. Never a library's text, which may quote the request or the system.
+# The detail of an error that has none of its own, instead of Werkzeug's for the same status.
 DETAILS = {
     404: "No such path.",
     405: "The resource does not support this method.",
@@ -27,7 +27,7 @@ DETAILS = {
 
 def to_json(status: int, detail: str, **members: Any) -> bytes:
     """A problem as JSON. `type` is about:blank, so `title` is the phrase of the status (RFC 9457 §4.2.1)."""
-    title = HTTP_STATUS_CODES[status]
+    title = HTTP_STATUS_CODES.get(status, "Error")
     return json.dumps({"type": "about:blank", "title": title, "status": status, "detail": detail, **members}).encode()
 
 
@@ -57,8 +57,11 @@ def register_handlers(scope: Flask | Blueprint) -> None:
 def _answer_http_error(error: HTTPException) -> Response | HTTPException:
     if error.response is not None or error.code is None or error.code < 400:
         return error
-    headers = {name: value for name, value in error.get_headers() if name in ("Allow", "Retry-After")}
-    return problem(error.code, DETAILS.get(error.code, "The request cannot be answered."), headers)
+    headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
+    default = default_exceptions.get(error.code, HTTPException).description
+    detail = error.description  # of an embedding app, as in abort(403, "maintenance"), or Werkzeug's default
+    detail = DETAILS.get(error.code, default) if detail == default else detail
+    return problem(error.code, str(detail or "The request cannot be answered."), headers)
 
 
 def _answer_database_unavailable(error: DatabaseUnavailable) -> Response:
@@ -72,8 +75,16 @@ def _answer_keys_unavailable(_: KeysUnavailable) -> Response:
     return unavailable("The keys that verify tokens cannot be fetched now.", retry_after=2)
 
 
-def _answer_defect(error: Exception) -> Response:
+def _answer_defect(error: Exception) -> Any:
+    app = current_app._get_current_object()  # type: ignore[attr-defined]
+    if not g.get("taskapi"):  # before the guard: a hook of an embedding app, which may have a handler for its exception
+        handlers = app.error_handler_spec[None][None]
+        if found := [handlers[cls] for cls in type(error).mro() if cls is not Exception and cls in handlers]:
+            return app.ensure_sync(found[0])(error)
+    propagate = app.config["PROPAGATE_EXCEPTIONS"]
+    if propagate or (propagate is None and (app.testing or app.debug)):
+        raise error  # Flask sends the signal, and raises it again
     request_id = current_context().request_id
     log.error("defect", extra={"request_id": request_id, "route": str(request.url_rule)}, exc_info=error)
-    got_request_exception.send(current_app._get_current_object(), exception=error)  # type: ignore[attr-defined]
+    got_request_exception.send(app, exception=error)
     return problem(500, "A defect in the server. Its log has the details under this request_id.", request_id=request_id)

@@ -223,7 +223,7 @@ def main() -> None:
             if is_tryout:
                 migrate(database)
                 docs.add_front_page(app)
-                token = tokens.issue_token(settings, "me", timedelta(days=1))
+                token = tokens.issue_token("me", expires=timedelta(days=1), app=app)
                 tryout = TRYOUT.format(folder=click.format_filename(folder), token=token, url=url)
             if settings.metrics:
                 from . import metrics  # needs an extra

@@ -1,4 +1,4 @@
-"""Tokens: verifies them (RFC 8725, JWT best practice), caches the verified ones, and issues tokens for trials.
+"""Tokens: verifies them (RFC 8725, JWT best practice), caches the verified ones, and issues tokens.
 
 PyJWT verifies the signature, the issuer and the audience. The times are checked here: PyJWT accepts an `exp` that is a
 string, and its leeway would accept an expired token. flask-jwt-extended only issues tokens: it would accept one without
@@ -18,6 +18,7 @@ from flask import Flask
 from flask_jwt_extended import JWTManager, create_access_token
 
 from .config import ConfigError, Settings
+from .context import get_api
 from .keys import ALGORITHMS, KeySet, PublicKey
 from .schemas import is_storable
 
@@ -176,15 +177,31 @@ def _find_text(claims: dict[str, Any], name: str) -> str | None:
     return next((text for text in found if isinstance(text, str) and len(text) <= MAX_TEXT and is_storable(text)), None)
 
 
-def issue_token(settings: Settings, user_id: str, expires: timedelta, email: str | None = None) -> str:
-    """A token that this API accepts, signed with the first secret."""
+def issue_token(
+    user_id: str,
+    *,
+    expires: timedelta = timedelta(minutes=15),
+    email: str | None = None,
+    name: str | None = None,
+    app: Flask | None = None,
+) -> str:
+    """A token for `user_id` that the API in `app`, by default the current app, accepts until `expires` has passed.
+
+    For the signed-in user of an embedding app, and for trials. `email` and `name` are stored with the first task.
+    Raises ConfigError if the API has no secret, and ValueError if `user_id` is no string that can be a user's id.
+    """
+    settings = get_api(app).settings
+    if not settings.secrets:
+        raise ConfigError("BETTER_AUTH_SECRET is not set: only your issuer can sign tokens")
+    if not isinstance(user_id, str) or not is_user_id(user_id):
+        raise ValueError(f"the user id {user_id!r} is not a string of 1 to {MAX_USER_ID:,} bytes of UTF-8")
     signer = Flask("taskapi.signer")  # an app of its own: an embedding app may have other settings
     signer.config["JWT_SECRET_KEY"] = settings.secrets[0]
     signer.config["JWT_ENCODE_ISSUER"] = settings.issuers[0] if settings.issuers else None
     signer.config["JWT_ENCODE_AUDIENCE"] = settings.audiences or None
     signer.config["JWT_COOKIE_CSRF_PROTECT"] = False  # no claim for a cookie that does not exist
     JWTManager(signer)
-    claims = {"email": email} if email else {}
+    claims = {claim: value for claim, value in (("email", email), ("name", name)) if value}
     claims[settings.user_claims[0]] = user_id  # also a path with dots: _find_claims tries the name first
     with signer.app_context():
         token: str = create_access_token(user_id, expires_delta=expires, additional_claims=claims)

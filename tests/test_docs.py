@@ -68,7 +68,8 @@ def test_tour_works_as_pasted(tmp_path: Path) -> None:
 def test_embedding_app_works_as_pasted(tmp_path: Path, new_database: Callable[..., str]) -> None:
     (tmp_path / "myapp.py").write_text(readme(language="python"))
     port = free_port()
-    env = environment(DATABASE_URL=new_database(migrated=True), TASKS_SECRET=SECRET, PYTHONPATH=str(CHECKOUT))
+    variables = {"DATABASE_URL": new_database(migrated=True), "TASKS_SECRET": SECRET, "SESSION_SECRET": "s"}
+    env = environment(**variables, PYTHONPATH=str(CHECKOUT))
     with started([sys.executable, "-m", "flask", "--app=myapp", "run", f"--port={port}"], tmp_path, env) as process:
         process.wait_for("Running on")
         url = f"http://127.0.0.1:{port}"

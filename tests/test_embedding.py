@@ -1,23 +1,36 @@
 """The API inside a host app: nothing outside the prefix changes."""
 
 import contextlib
+import gc
 import json
 import secrets
+import select
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, LiteralString, cast
 
 import psycopg
 import psycopg_pool
 import pytest
-from flask import Flask, Response, jsonify, render_template_string, request
+from flask import Flask, Response, got_request_exception, jsonify, render_template_string, request
 from flask.testing import FlaskClient
 from flask_jwt_extended import JWTManager, create_access_token, get_jwt_identity, jwt_required
+from flask_wtf.csrf import CSRFProtect, generate_csrf
 from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool
+from werkzeug.exceptions import Forbidden, HTTPException, NotFound, TooManyRequests
 
 import taskapi
 from taskapi import ConfigError, Settings
 from taskapi.context import get_api
-from tests.people import SECRET, Person, assert_problem, mint, running_app
+from taskapi.tokens import User
+from tests.people import SECRET, UNREACHABLE, Person, assert_problem, mint, running_app
+from tests.processes import CHECKOUT, ask, environment, readme, started
+from tests.servers import tasks_locked
 
 HOST_SECRET = "the host's own secret has 32 bytes and more"
 
@@ -185,34 +198,183 @@ def test_two_apps_in_one_process_are_separate(new_database: Callable[..., str]) 
 
 @pytest.mark.parametrize("autocommit", [True, False])
 def test_host_may_lend_its_pool(database_url: str, autocommit: bool) -> None:
-    """With any settings: they change no answer and no command, and its connections come back as they were."""
+    """With any settings: they change no answer and no command, and its connections come back as they were. The host may
+    remove all prepared statements: by DISCARD ALL, or by a ROLLBACK, after which psycopg removes them."""
     options = "-c timezone=Asia/Tokyo -c search_path=pg_catalog -c datestyle=German"
     kwargs = {"autocommit": autocommit, "options": options, "client_encoding": "latin1", "row_factory": dict_row}
     shown = """SELECT current_user, current_setting('timezone'), current_setting('client_encoding'),
         current_setting('statement_timeout'), nullif(current_setting('taskapi.user_id', true), '')"""
     with psycopg_pool.ConnectionPool(database_url, min_size=1, max_size=1, kwargs=kwargs) as pool:
-        with pool.connection() as conn:
-            before = conn.execute(shown).fetchone()
+
+        def state() -> list[object]:
+            with pool.connection() as conn:
+                of_client = [conn.prepare_threshold, conn.info.encoding, conn.autocommit, conn.row_factory]
+                return [conn.execute(shown, prepare=True).fetchone(), *of_client]
+
+        before = state()
         app = host()
         taskapi.init_app(app, Settings(secrets=(SECRET,)), pool=pool)
         ann = Person(app.test_client(), f"änn-{secrets.token_hex(6)}")
         task = ann.create("größer", tags=["€"])
         assert task["created_at"].endswith("Z")
         assert (task["user_id"], task["title"], task["tags"]) == (ann.user, "größer", ["€"])
-        assert ann.list() == ann.request("GET", query_string={"tag": "€"}).json == [task]
+        commands: tuple[LiteralString, ...] = ("ROLLBACK", "DISCARD ALL", "SELECT")
+        for command in commands:
+            assert ann.list() == ann.request("GET", query_string={"tag": "€"}).json == [task]
+            with pool.connection() as conn:
+                assert conn.execute("SELECT FROM pg_prepared_statements WHERE name LIKE 'taskapi_%'").rowcount > 0
+                conn.rollback()
+                conn.set_autocommit(True)
+                conn.execute(command)
+                conn.set_autocommit(autocommit)
         assert_problem(ann.request("GET", "/0"), 404)
         other = ann.create("other")
         link = ann.request("GET", query_string="limit=1").headers["Link"]
         assert ann.open(link.partition(">")[0].strip("<")).json == [other]
         assert ann.request("DELETE", f"/{other['id']}").json == other
-        commands = [["check"], ["export", ann.user], ["delete-user", ann.user, "--yes"]]
-        ended = [app.test_cli_runner().invoke(args=["taskapi", *command]) for command in commands]
+        lines = [["check"], ["export", ann.user], ["delete-user", ann.user, "--yes"]]
+        ended = [app.test_cli_runner().invoke(args=["taskapi", *line]) for line in lines]
         assert [result.exit_code for result in ended] == [0, 0, 0]
         assert json.loads(ended[1].stdout_bytes) == task
-        with pool.connection() as conn:
-            assert conn.execute(shown).fetchone() == before
+        assert state() == before
         get_api(app).database.close()
         assert not pool.closed
+
+
+class Limited(TooManyRequests):
+    """As a rate limiter raises it."""
+
+    description = "5 per 1 minute"
+
+    def get_headers(self, *_: object) -> list[tuple[str, str]]:
+        return [("Content-Type", "text/html"), ("Retry-After", "7"), ("X-RateLimit-Limit", "5")]
+
+
+class NotPaid(Exception):
+    """An exception of the host that has a handler of the host."""
+
+
+HOST_ERRORS: list[tuple[HTTPException, int, str, dict[str, str]]] = [
+    (Forbidden("maintenance"), 403, "maintenance", {}),
+    (NotFound("closed for the night"), 404, "closed for the night", {}),
+    (NotFound(), 404, "No such path.", {}),
+    (Limited(), 429, "5 per 1 minute", {"Retry-After": "7", "X-RateLimit-Limit": "5"}),
+]
+
+
+@pytest.mark.parametrize(("error", "status", "detail", "headers"), HOST_ERRORS)
+def test_errors_of_the_host_keep_their_words(
+    error: HTTPException, status: int, detail: str, headers: dict[str, str]
+) -> None:
+    app = host()
+
+    @app.before_request
+    def refuse() -> None:
+        raise error
+
+    with mounted(app, UNREACHABLE) as ann:
+        answer = ann.request("GET")
+    assert_problem(answer, status, detail=detail)
+    assert {name: answer.headers.get(name) for name in headers} == headers
+
+
+def test_exception_of_the_host_goes_to_its_handler() -> None:
+    app = host()
+    app.register_error_handler(NotPaid, lambda _: ("pay first", 402))
+
+    @app.before_request
+    def require_payment() -> None:
+        raise NotPaid if "paid" not in request.args else ValueError("a defect")
+
+    with mounted(app, UNREACHABLE) as ann:
+        answer = ann.request("GET")
+        assert (answer.status_code, answer.text) == (402, "pay first")
+        assert_problem(ann.request("GET", query_string="paid"), 500)
+
+
+def test_csrf_protection_of_the_host(database_url: str) -> None:
+    """It tells its reason. Without it for the blueprint, no session of the host opens the API."""
+    app = host()
+    app.secret_key = HOST_SECRET
+    csrf = CSRFProtect(app)
+    app.add_url_rule("/form", endpoint="form", view_func=generate_csrf)
+    with mounted(app, database_url) as ann:
+        assert_problem(ann.request("POST", json={"title": "t"}), 400, detail="The CSRF token is missing.")
+        form = {"X-CSRFToken": ann.client.get("/form").text}  # which sets the cookie of the session
+        csrf.exempt(taskapi.tasks.bp)
+        assert ann.create("t")["title"] == "t"
+        assert_problem(ann.open(ann.tasks, method="POST", json={"title": "t"}, headers=form), 401)
+        assert ann.client.post("/echo").status_code == 500  # the host's own handler: it is protected as before
+
+
+@pytest.mark.parametrize(
+    ("config", "is_raised"),
+    [
+        ({}, False),
+        ({"TESTING": True}, True),
+        ({"DEBUG": True}, True),
+        ({"PROPAGATE_EXCEPTIONS": True}, True),
+        ({"TESTING": True, "PROPAGATE_EXCEPTIONS": False}, False),
+    ],
+)
+def test_defects_are_signalled_and_raised_as_flask_documents(
+    monkeypatch: pytest.MonkeyPatch, config: dict[str, bool], is_raised: bool
+) -> None:
+    app = host()
+    app.config.update(config)
+    monkeypatch.setattr("taskapi.db.Database.run", lambda *_, **__: 1 / 0)
+    signals: list[Exception] = []
+    with (
+        mounted(app, UNREACHABLE) as ann,
+        got_request_exception.connected_to(lambda _, exception, **__: signals.append(exception), app),
+    ):
+        if is_raised:
+            with pytest.raises(ZeroDivisionError):
+                ann.request("GET")
+        else:
+            assert_problem(ann.request("GET"), 500)
+    assert [type(error) for error in signals] == [ZeroDivisionError]
+
+
+def test_log_of_the_host_tells_that_the_schema_is_missing(
+    new_database: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with mounted(host(), new_database()) as ann:
+        assert_problem(ann.request("GET"), 503)
+    assert caplog.records[-1].getMessage().startswith("database unavailable: the schema lacks 0001_")
+
+
+def test_readme_app_gives_its_page_a_token(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
+    for name, value in {"DATABASE_URL": database_url, "TASKS_SECRET": SECRET, "SESSION_SECRET": HOST_SECRET}.items():
+        monkeypatch.setenv(name, value)
+    names: dict[str, Any] = {"__name__": "myapp"}
+    exec(readme("Embedding", "python"), names)  # noqa: S102 (our own text)
+    client = cast(Flask, names["app"]).test_client()
+    assert client.post("/tasks-token").status_code == 401
+    user = f"ann-{secrets.token_hex(6)}"
+    with client.session_transaction() as session:
+        session["user_id"] = user
+    answer = client.post("/tasks-token")
+    assert answer.headers["Cache-Control"] == "no-store"
+    ann = Person(client, user, cast(Any, answer.json)["token"], prefix="/todo")
+    assert ann.list() == []
+    for path in ("/readyz", "/openapi.json", "/docs"):
+        with client.get(path) as page:
+            assert page.status_code == 200
+    get_api(names["app"]).database.close()
+
+
+def test_token_has_what_the_api_requires() -> None:
+    settings = Settings(
+        database_url=UNREACHABLE, secrets=(SECRET,), issuers=("me",), audiences=("you",), user_claims=("user.id",)
+    )
+    app = taskapi.create_app(settings)
+    with host().app_context():
+        token = taskapi.issue_token("ann", email="ann@example.com", name="Ann", app=app)
+    assert get_api(app).verifier.verify(token) == User("ann", "ann@example.com", "Ann")
+    for invalid in (cast(Any, 5), "", "\0"):
+        with app.app_context(), pytest.raises(ValueError, match="user id"):
+            taskapi.issue_token(invalid)
 
 
 def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
@@ -222,6 +384,34 @@ def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch, d
     taskapi.init_app(app)
     assert Person(app.test_client(), f"ann-{secrets.token_hex(6)}").list() == []
     get_api(app).database.close()
+
+
+@pytest.mark.parametrize("prefix", ["/x/<int:n>", "x", "/x?y", "/x#y"])
+def test_prefix_that_is_no_fixed_path_is_refused(prefix: str) -> None:
+    with pytest.raises(ConfigError, match=r"^url_prefix .* is not a fixed path"):
+        taskapi.init_app(host(), Settings(database_url=UNREACHABLE, secrets=(SECRET,)), url_prefix=prefix)
+
+
+def test_pool_of_another_kind_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^pool is of type AsyncConnectionPool: .*psycopg_pool\.ConnectionPool"):
+        taskapi.init_app(host(), Settings(secrets=(SECRET,)), pool=cast(Any, AsyncConnectionPool(open=False)))
+
+
+def test_second_api_in_one_app_is_refused(database_url: str) -> None:
+    app = host()
+    with mounted(app, database_url) as ann:
+        before = answers(ann.client)
+        with pytest.raises(ConfigError, match="has the API already"):
+            taskapi.init_app(app, Settings(database_url=UNREACHABLE, secrets=(HOST_SECRET,)), url_prefix="/b")
+        assert ann.list() == []
+        assert answers(ann.client) == before
+
+
+def test_eventlet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It removes select.poll."""
+    monkeypatch.delattr(select, "poll")
+    with pytest.raises(ConfigError, match="eventlet"):
+        taskapi.init_app(host(), Settings(database_url=UNREACHABLE, secrets=(SECRET,)))
 
 
 def test_missing_database_or_secret_is_refused() -> None:
@@ -236,3 +426,37 @@ def test_app_that_never_served_has_no_connection(database_url: str) -> None:
     with running_app(f"{database_url} application_name=unused"), psycopg.connect(database_url) as conn:
         found = conn.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'unused'").fetchone()
     assert found == (0,)
+
+
+@pytest.mark.slow
+def test_deleted_apps_leave_no_thread_and_no_connection(database_url: str) -> None:
+    before = set(threading.enumerate())
+    for _ in range(50):
+        app = host()
+        settings = Settings(database_url=f"{database_url} application_name=deleted", secrets=(SECRET,))
+        taskapi.init_app(app, settings)
+        Person(app.test_client(), "ann").list()
+        del app
+    gc.collect()
+    deadline = time.monotonic() + 2
+    with psycopg.connect(database_url, autocommit=True) as conn:
+        count = "SELECT FROM pg_stat_activity WHERE application_name = 'deleted'"
+        while conn.execute(count).rowcount and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert conn.execute(count).rowcount == 0
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.mark.slow
+def test_gevent_serves_others_while_a_statement_waits(database_url: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gunicorn", "--worker-class=gevent", "--bind=127.0.0.1:0", "wsgi:app"]
+    env = environment(DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET, PYTHONPATH=str(CHECKOUT))
+    with started(command, tmp_path, env) as process, ThreadPoolExecutor() as threads:
+        url = process.wait_for(r"Listening at: (\S+)")
+        assert ask(url, "GET", "/api/ann/tasks", token=mint("ann")).status == 200
+        with tasks_locked(database_url) as wait:
+            waiting = threads.submit(ask, url, "GET", "/api/ann/tasks", token=mint("ann"))
+            wait(1)
+            assert ask(url, "GET", "/livez").status == 200
+            assert not waiting.done()
+        assert waiting.result().status == 200

@@ -100,7 +100,7 @@ def test_operations_are_the_routes(app: Flask, operations: Operations) -> None:
     routes = {
         (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method)
         for rule in app.url_map.iter_rules()
-        if rule.endpoint.startswith("taskapi.") or rule.endpoint in ("livez", "readyz")
+        if rule.endpoint.startswith("taskapi.") or rule.endpoint in ("taskapi_livez", "taskapi_readyz")
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     assert {(path, method) for path, method, _ in operations.values()} == routes
