@@ -48,11 +48,11 @@ def settings(database_url: str) -> dict[str, str]:
 
 
 @contextmanager
-def nginx_before(url: str, other: str, folder: Path) -> Iterator[str]:
+def nginx_before(url: str, other: str, folder: Path, rate: str = "100r/s") -> Iterator[str]:
     """nginx with the README's lines in front of two servers; yields its URL."""
     port, site = free_port(), readme("Deployment", "nginx")
     site = re.sub(r"ssl_certificate.*|listen .*80;|listen \[.*| ssl\b", "", site)  # of TLS see below
-    site = site.replace("listen 443", f"listen 127.0.0.1:{port}")
+    site = site.replace("listen 443", f"listen 127.0.0.1:{port}").replace("rate=100r/s", f"rate={rate}")
     with nginx(folder, site.replace("127.0.0.1:8000", url[7:]).replace("127.0.0.1:8001", other[7:])):
         wait_until(lambda: listens(port), "nginx listens")
         yield f"http://127.0.0.1:{port}"
@@ -123,7 +123,7 @@ def test_restart_behind_nginx_fails_no_request(folder: Path, settings: dict[str,
     users = [f"restart-{number}-{secrets.token_hex(6)}" for number in range(8)]
     with ExitStack() as stack, ThreadPoolExecutor(len(users)) as pool:
         first, other = (stack.enter_context(serving(folder, {**settings, "PORT": number})) for number in (port, "0"))
-        url = stack.enter_context(nginx_before(first.url, other.url, tmp_path))
+        url = stack.enter_context(nginx_before(first.url, other.url, tmp_path, "10000r/s"))
         working = [pool.submit(create_tasks, url, user, stop) for user in users]
         try:
             time.sleep(0.3)
@@ -142,7 +142,9 @@ def test_restart_behind_nginx_fails_no_request(folder: Path, settings: dict[str,
 
 
 @needs_nginx
-def test_unfinished_uploads_do_not_stop_granian(folder: Path, settings: dict[str, str], tmp_path: Path) -> None:
+def test_nginx_keeps_unfinished_uploads_and_floods_from_granian(
+    folder: Path, settings: dict[str, str], tmp_path: Path
+) -> None:
     """Each of its threads reads one body; nginx in front gives it whole ones. waitress needs no help: test_waitress."""
     half = request("POST", TASKS, token=TOKEN, body=b'{"title": "Buy milk"}')[:-5]
     with serving_with("granian", folder, settings) as server, ExitStack() as stack:
@@ -153,6 +155,10 @@ def test_unfinished_uploads_do_not_stop_granian(folder: Path, settings: dict[str
             assert ask(url, "GET", TASKS, token=TOKEN).status == 200
             assert time.monotonic() - before < 1
         assert uploads[0].send(b'ilk"}').answer().status == 201
+        with Wire(url) as wire:
+            statuses = [wire.send(request("GET", "/livez")).answer().status for _ in range(500)]
+        assert statuses[:100] == [200] * 100
+        assert set(statuses) == {200, 429}  # at 100 requests a second, after the burst
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
