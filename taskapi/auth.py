@@ -37,16 +37,16 @@ def guard() -> Response | None:
         context.reason = "The token's subject does not match the user in the URL."
         return problem(403, context.reason)
     api.limits.count_request(user.id)
-    context.is_counted = True
     return None
 
 
 def end_request(_: object = None) -> None:
     """The blueprint's teardown_request hook: lets the user's next request start."""
     context, api = current_context(), get_api()
-    if context.is_counted and context.user:
+    if context.user_requests and context.user:
         seconds = 0 if api.database.is_down else context.database_seconds  # the user has not caused an outage
-        api.limits.concurrency.end(context.user.id, seconds, context.request.method == "GET")
+        is_change = context.request.method not in ("GET", "HEAD")  # changes of one user wait for each other
+        api.limits.concurrency.end(context.user.id, seconds / context.user_requests if is_change else seconds)
 
 
 def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:

@@ -42,7 +42,7 @@ class RequestContext:
     detail: str | None = None  # what any other 4xx says, for the log
     deadline: float | None = None  # by time.monotonic(): when all its statements must have ended; set by the first
     database_seconds: float = 0.0
-    is_counted: bool = False  # whether it counts as a request in progress; see limits.Concurrency
+    user_requests: int = 0  # how many the user had in progress with this one, when it started; see limits.Concurrency
     is_logged: bool = False  # whether the app logs a line for every request
 
 

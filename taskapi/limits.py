@@ -29,8 +29,7 @@ STORE_COOLDOWN = 5  # seconds without rate limits after the store failed: in tha
 PRIVATE = [
     ip_network(net) for net in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1", "fc00::/7")
 ]
-# Seconds at the database from which on a request is slow: less does not keep others waiting. Changes wait for a disk.
-SLOW_READ, SLOW_CHANGE = 0.02, 0.05
+SLOW = 0.05  # seconds at the database from which on a request is slow: less does not keep others waiting
 SHARE = 0.5  # of the time of one connection: slow requests that take more count against their user,
 TOLERANCE = 1  # from this number of seconds on,
 MAX_DEBT = 5  # and for this number of seconds at most
@@ -92,31 +91,30 @@ class Concurrency:
         self._paid_at: OrderedDict[str, float] = OrderedDict()
         self._lock = threading.Lock()
 
-    def start(self, user_id: str) -> bool:
-        """Counts a request, which must `end`. Returns False if it must be refused instead."""
+    def start(self, user_id: str) -> int:
+        """Counts a request, which must `end`. Returns how many the user has in progress, or 0 if it must be refused."""
         with self._lock:
             count, limit = self._counts.get(user_id, 0), self._limit
             if self._paid_at.get(user_id, 0) > time.monotonic() + TOLERANCE:
                 limit = 1 if self._total >= limit else max(1, limit // 2)
             if count >= limit:
-                return False
+                return 0
             self._counts[user_id] = count + 1
             self._total += 1
-        return True
+        return count + 1
 
-    def end(self, user_id: str, seconds: float, is_read: bool) -> None:
-        """Ends a request that took `seconds` at the database. Changes of one user wait for each other there."""
+    def end(self, user_id: str, seconds: float) -> None:
+        """Ends a request that took `seconds` of the database's time."""
         with self._lock:
             count = self._counts.pop(user_id)
             self._total -= 1
             if count > 1:
                 self._counts[user_id] = count - 1
-            cost = seconds if is_read else seconds / count
-            if cost > (SLOW_READ if is_read else SLOW_CHANGE):
+            if seconds > SLOW:
                 now = time.monotonic()
                 while self._paid_at and next(iter(self._paid_at.values())) < now:
                     self._paid_at.popitem(last=False)
-                paid_at = max(now, self._paid_at.get(user_id, 0)) + cost / SHARE
+                paid_at = max(now, self._paid_at.get(user_id, 0)) + seconds / SHARE
                 self._paid_at[user_id] = min(paid_at, now + MAX_DEBT)
                 self._paid_at.move_to_end(user_id)
 
@@ -137,8 +135,10 @@ class Limits:
         """Counts a request with a valid token. Ends it with 429 if the user is over the limit."""
         if self._count(self._requests, "person", user_id) > self._requests.amount:
             self._refuse(self._requests, "person", user_id)
-        if not self.concurrency.start(user_id):
-            current_context().reason = "Too many requests of one person at a time."
+        context = current_context()
+        context.user_requests = self.concurrency.start(user_id)
+        if not context.user_requests:
+            context.reason = "Too many requests of one person at a time."
             abort(problem(429, "Too many of your requests are in progress.", {"Retry-After": "1"}))
 
     def check_refusals(self, request: Request) -> None:

@@ -58,9 +58,9 @@ def _answer_http_error(error: HTTPException) -> Response | HTTPException:
     if error.response is not None or error.code is None or error.code < 400:
         return error
     headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
-    default = default_exceptions.get(error.code, HTTPException).description
-    detail = error.description  # of an embedding app, as in abort(403, "maintenance"), or Werkzeug's default
-    detail = DETAILS.get(error.code, default) if detail == default else detail
+    detail = error.description  # may be an embedding app's: abort(403, "maintenance")
+    if detail == default_exceptions.get(error.code, HTTPException).description:
+        detail = DETAILS.get(error.code, detail)
     return problem(error.code, str(detail or "The request cannot be answered."), headers)
 
 

@@ -387,8 +387,8 @@ def test_the_counter_equals_a_count_after_races(app: Flask, alice: Person, conn:
             response = person.request(method, path, query_string=query, json=body, headers=headers)
             assert response.status_code in (200, 201, 404, 410, 422, 429), response.text
 
-    with ThreadPoolExecutor(8) as threads:
-        list(threads.map(change, range(8)))
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(change, range(4)))
     count, counted_tasks = counted(conn, alice.user)
     assert count == counted_tasks == len(alice.list())
 

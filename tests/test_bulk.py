@@ -119,7 +119,7 @@ def test_concurrent_writes_to_the_same_tasks_all_succeed(alice: Person, app: Fla
             statuses.add(response.status_code)
         return statuses, deleted
 
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(work, range(8)))
     assert set().union(*(statuses for statuses, _ in results)) <= {200, 201, 404}
     deleted = [id for _, ids in results for id in ids]

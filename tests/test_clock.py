@@ -115,7 +115,7 @@ def test_no_two_concurrent_changes_share_a_time(app: Flask, alice: Person, conn:
             assert request(person, "DELETE", f"/{task['id']}").status_code == 200
         return times
 
-    with ThreadPoolExecutor(16) as threads:
+    with ThreadPoolExecutor(4) as threads:
         times = [time for found in threads.map(change, range(16)) for time in found]
     times += [entry["deleted_at"] for entry in deletions(alice)]
     assert len(times) == len(set(times)) == 16 * 10 * 4

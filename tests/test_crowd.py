@@ -1,14 +1,17 @@
 """One person's share of the server: requests in progress, slow requests, and hundreds of connections."""
 
 import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+from typing import Any
 
 import pytest
+from flask import Flask
 
+from taskapi.db import Database
 from taskapi.limits import Concurrency
 from tests import crowd
-
-SLOW = 2.0
-"""Seconds of one request that are more than a share."""
+from tests.people import Person
 
 
 def test_user_has_half_of_the_connections_by_the_exact_id() -> None:
@@ -17,41 +20,49 @@ def test_user_has_half_of_the_connections_by_the_exact_id() -> None:
     for _ in range(4):
         assert all(concurrency.start(user) for user in people)
     assert not any(concurrency.start(user) for user in people)
-    concurrency.end("ann", 0, True)
-    assert [concurrency.start(user) for user in ("Ann", "ann", "ann")] == [False, True, False]
+    concurrency.end("ann", 0)
+    assert [concurrency.start(user) for user in ("Ann", "ann", "ann")] == [0, 4, 0]
 
 
 def test_user_with_slow_requests_has_fewer_while_others_wait() -> None:
     concurrency = Concurrency(8)
-    for user, seconds, is_read in (("ann", SLOW, True), ("ben", SLOW, False)):
+    for user in ("ann", "ben"):
         assert concurrency.start(user)
-        concurrency.end(user, seconds, is_read)
-    assert [concurrency.start("ann") for _ in range(3)] == [True, True, False]
-    assert [concurrency.start("ben") for _ in range(3)] == [True, True, False]
-    concurrency.end("ben", 0, False)
+        concurrency.end(user, 2)
+        assert [concurrency.start(user) for _ in range(3)] == [1, 2, 0]
+    concurrency.end("ben", 0)
     assert concurrency.start("cleo")
     assert not concurrency.start("ben")  # half of the connections are in use: one for each
-    assert [concurrency.start("cleo") for _ in range(4)] == [True, True, True, False]
+    assert [concurrency.start("cleo") for _ in range(4)] == [2, 3, 4, 0]
 
 
-def test_quick_requests_and_changes_in_turn_are_not_slow() -> None:
-    concurrency = Concurrency(8)
-    for _ in range(200):
-        assert all(concurrency.start("ann") for _ in range(4))
-        for _ in range(2):
-            concurrency.end("ann", 0.015, True)
-            concurrency.end("ann", 0.045, False)
-    assert not concurrency._counts
-    assert not concurrency._paid_at
-
-
-def test_slow_requests_are_forgotten() -> None:
+def test_quick_requests_are_not_slow_and_slow_ones_are_forgotten() -> None:
     concurrency = Concurrency(8)
     for number in range(1_000):
-        assert concurrency.start(f"person-{number}")
-        concurrency.end(f"person-{number}", 0.03, True)
+        for user, seconds in (("ann", 0.045), (f"person-{number}", 0.06)):
+            assert concurrency.start(user)
+            concurrency.end(user, seconds)
         time.sleep(0.001)
-    assert len(concurrency._paid_at) < 100
+    assert len(concurrency._paid_at) < 200
+    assert "ann" not in concurrency._paid_at
+
+
+def test_changes_that_wait_for_each_other_are_not_slow(app: Flask, alice: Person) -> None:
+    """Each takes 30 ms at the database, so the fourth ends after 120 ms."""
+    alice.create()
+    lock, run = Lock(), Database.run
+
+    def run_in_turn(*args: Any) -> Any:
+        with lock:
+            time.sleep(0.03)
+            return run(*args)
+
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(4) as threads:
+        patch.setattr(Database, "run", run_in_turn)
+        people = [Person(app.test_client(), alice.user) for _ in range(60)]
+        assert {
+            one.status_code for one in threads.map(lambda one: one.request("POST", json={"title": "t"}), people)
+        } == {201}
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ import taskapi
 from taskapi import ConfigError, Settings
 from taskapi.context import get_api
 from taskapi.tokens import User
+from tests import issuers
 from tests.people import SECRET, UNREACHABLE, Person, assert_problem, mint, running_app
 from tests.processes import CHECKOUT, ask, environment, readme, started
 from tests.servers import tasks_locked
@@ -386,15 +387,16 @@ def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch, d
     get_api(app).database.close()
 
 
-@pytest.mark.parametrize("prefix", ["/x/<int:n>", "x", "/x?y", "/x#y"])
-def test_prefix_that_is_no_fixed_path_is_refused(prefix: str) -> None:
-    with pytest.raises(ConfigError, match=r"^url_prefix .* is not a fixed path"):
-        taskapi.init_app(host(), Settings(database_url=UNREACHABLE, secrets=(SECRET,)), url_prefix=prefix)
+WRONG = [
+    *(({"url_prefix": prefix}, "^url_prefix [^ ]* is not a fixed") for prefix in ("/x/<int:n>", "x", "/x?y", "/x#y")),
+    ({"pool": AsyncConnectionPool(open=False)}, "^pool is of type AsyncConnectionPool"),
+]
 
 
-def test_pool_of_another_kind_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^pool is of type AsyncConnectionPool: .*psycopg_pool\.ConnectionPool"):
-        taskapi.init_app(host(), Settings(secrets=(SECRET,)), pool=cast(Any, AsyncConnectionPool(open=False)))
+@pytest.mark.parametrize(("arguments", "message"), WRONG)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        taskapi.init_app(host(), Settings(database_url=UNREACHABLE, secrets=(SECRET,)), **arguments)
 
 
 def test_second_api_in_one_app_is_refused(database_url: str) -> None:
@@ -430,13 +432,14 @@ def test_app_that_never_served_has_no_connection(database_url: str) -> None:
 
 @pytest.mark.slow
 def test_deleted_apps_leave_no_thread_and_no_connection(database_url: str) -> None:
-    before = set(threading.enumerate())
-    for _ in range(50):
-        app = host()
-        settings = Settings(database_url=f"{database_url} application_name=deleted", secrets=(SECRET,))
-        taskapi.init_app(app, settings)
-        Person(app.test_client(), "ann").list()
-        del app
+    before, signer = set(threading.enumerate()), issuers.Signer.new("EdDSA")
+    with issuers.publishing(signer) as issuer:
+        settings = Settings(database_url=f"{database_url} application_name=deleted", jwks_url=issuer.url)
+        for _ in range(50):
+            app = host()
+            taskapi.init_app(app, settings)
+            Person(app.test_client(), "ann", signer.token("ann")).list()
+            del app
     gc.collect()
     deadline = time.monotonic() + 2
     with psycopg.connect(database_url, autocommit=True) as conn:

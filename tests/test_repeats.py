@@ -103,20 +103,20 @@ def test_an_invalid_key_is_422(alice: Person, key: str) -> None:
 
 @pytest.mark.parametrize(
     "bodies",
-    [[{"title": "t"}] * 8, [ARRAY] * 8, [{"title": f"{n}"} for n in range(8)]],
+    [[{"title": "t"}] * 4, [ARRAY] * 4, [{"title": f"{n}"} for n in range(4)]],
     ids=["task", "array", "different tasks"],
 )
 def test_concurrent_creates_with_one_key_create_once(alice: Person, app: Flask, bodies: list[Any]) -> None:
-    together = Barrier(8)
+    together = Barrier(4)
 
     def repeat(person: Person, key: str, body: Any) -> Answer:
         together.wait()
         return create(person, key, body)
 
-    people = [Person(app.test_client(), alice.user) for _ in range(8)]
-    with ThreadPoolExecutor(8) as threads:
+    people = [Person(app.test_client(), alice.user) for _ in range(4)]
+    with ThreadPoolExecutor(4) as threads:
         for number in range(5):
-            answers = list(threads.map(repeat, people, [f"k{number}"] * 8, bodies))
+            answers = list(threads.map(repeat, people, [f"k{number}"] * 4, bodies))
             first, *others = (answer for answer in answers if answer.status_code == 201)
             for other in others:
                 assert_same(first, other)

@@ -151,7 +151,7 @@ def test_concurrent_toggles_lose_nothing(alice: Person, app: Flask) -> None:
         assert response.status_code == 200
         return str(response.json["updated_at"])
 
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(4) as threads:
         times = list(threads.map(toggle, range(101)))
     [task] = alice.list()
     assert task["is_completed"] is True
@@ -197,7 +197,7 @@ def test_email_and_name_are_kept_from_the_token_of_a_create(alice: Person, conn:
 
 
 def test_concurrent_first_tasks_create_one_owner(alice: Person, app: Flask, conn: psycopg.Connection) -> None:
-    with ThreadPoolExecutor(8) as threads:
+    with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda n: Person(app.test_client(), alice.user).create(f"{n}"), range(32)))
     assert len(alice.list()) == 32
     assert conn.execute("SELECT count(*) FROM taskapi.users WHERE id = %s", [alice.user]).fetchone() == (1,)
