@@ -25,6 +25,7 @@ def guard() -> Response | None:
     try:
         user = _authenticate(context, api)
     except InvalidToken as error:
+        context.remedy = error.remedy
         api.limits.count_refusal(request)
         return _unauthorized(str(error), f'{CHALLENGE}, error="invalid_token", error_description="{error}"')
     if user is None:

@@ -94,13 +94,9 @@ class Settings:
             if value := environ.get(name, "").strip():
                 if re.search("[\ud800-\udfff]", value):  # Python decodes bytes that are not UTF-8 as surrogates
                     raise ConfigError(f"{name} is not UTF-8: set it again")
-                try:
-                    parsed = variable.parse(value)
-                except ValueError:
-                    raise ConfigError(f"{name} {variable.complaint}") from None
+                member, parsed = variable.member, variable.parse(value)
                 if parsed == ():
-                    raise ConfigError(f"{name} has no names: separate names by commas, or leave it unset")
-                member = variable.member
+                    raise ConfigError(f"{name} {variable.complaint}")
                 found[member] = found.get(member, ()) + parsed if member == "secrets" else parsed
         return cls(**found)
 
@@ -172,13 +168,7 @@ def _check_store(url: str) -> bool:
 
 def _parse_address(value: str) -> tuple[str, int]:
     host, _, port = value.rpartition(":")
-    if host in ("", "*") or not 0 <= _parse_number(port) <= 65535:
-        raise ValueError("not an address")
-    return host.strip("[]"), int(port)
-
-
-def _parse_switch(value: str) -> bool:
-    return bool(("off", "on").index(value))
+    return host.strip("[]"), _parse_number(port)
 
 
 def _parse_number(value: str) -> int:
@@ -192,19 +182,18 @@ def _parse_names(value: str) -> tuple[str, ...]:
 def _parse_versioned_secrets(value: str) -> tuple[str, ...]:
     """Better Auth's format for secret rotation, `2:new,1:old`. A token may be signed with any of these secrets."""
     versions = [item.partition(":") for item in _parse_names(value)]
-    if not versions or not all(number.isdecimal() and colon for number, colon, _ in versions):
-        raise ValueError("not of this form")
-    return tuple(secret for _, _, secret in versions)
+    is_valid = all(number.isdecimal() and colon for number, colon, _ in versions)
+    return tuple(secret for _, _, secret in versions) if is_valid else ()
 
 
 class Variable(NamedTuple):
-    """What an environment variable sets: the member of Settings, how its text is parsed, whether a value is valid, and
-    the message if it is not. `parse` and `check` may raise exceptions."""
+    """What an environment variable sets: the member of Settings, how its text is parsed, whether a value is valid
+    (`check` may also raise an exception), and the message if it is not, or has been parsed as ()."""
 
     member: str
     parse: Callable[[str], Any] = str
     check: Callable[[Any], object] = lambda _: True
-    complaint: str = ""
+    complaint: str = "has no names: separate names by commas, or leave it unset"
 
 
 NOT_DATABASE = (
@@ -220,6 +209,8 @@ NOT_PROXY = "is not an IP address or network: set one such as 127.0.0.1 or 10.0.
 NOT_ADDRESS = "is not an address to listen on: set one such as 127.0.0.1:9464"
 NOT_HOST = "is not an address: to listen on all addresses set ::, or 0.0.0.0 for those of IPv4"
 NOT_PORT = "is not a number from 0 (any free port) to 65535"
+PORTS = range(65_536)
+SWITCH = {"on": True, "off": False}
 VARIABLES = {
     "DATABASE_URL": Variable("database_url", str, _check_database_url, NOT_DATABASE),
     "BETTER_AUTH_SECRETS": Variable("secrets", _parse_versioned_secrets, _check_secrets, NOT_SECRETS),
@@ -235,8 +226,8 @@ VARIABLES = {
     "RATE_LIMIT_STORAGE": Variable("rate_limit_storage", str, _check_store, NOT_STORE),
     "CORS_ORIGINS": Variable("cors_origins", _parse_names, _check_origins),
     "TRUSTED_PROXY": Variable("trusted_proxy", str, ipaddress.ip_network, NOT_PROXY),
-    "METRICS": Variable("metrics", _parse_address, bool, NOT_ADDRESS),
-    "DOCS": Variable("docs", _parse_switch, complaint="is not on or off"),
+    "METRICS": Variable("metrics", _parse_address, lambda at: at[0] not in ("", "*") and at[1] in PORTS, NOT_ADDRESS),
+    "DOCS": Variable("docs", lambda text: SWITCH.get(text, text), (True, False).__contains__, "is not on or off"),
     "HOST": Variable("host", str, lambda host: host != "*", NOT_HOST),
-    "PORT": Variable("port", _parse_number, range(65_536).__contains__, NOT_PORT),
+    "PORT": Variable("port", _parse_number, PORTS.__contains__, NOT_PORT),
 }

@@ -39,6 +39,7 @@ class RequestContext:
     user: "User | None" = None  # None before the guard
     token_cached: bool | None = None  # whether the token was verified before; None without a valid token
     reason: str | None = None  # why the guard or a limit refused the request, for the log and the metrics
+    remedy: str = ""  # what to set, for the log, if the cause can be guessed
     detail: str | None = None  # what any other 4xx says, for the log
     deadline: float | None = None  # by time.monotonic(): when all its statements must have ended; set by the first
     database_seconds: float = 0.0

@@ -28,7 +28,7 @@ from .config import ConfigError, Settings, load_env_file
 START_TIMEOUT = 60  # seconds: a crash recovery may take a while
 SOCKET = ".s.PGSQL.5432"  # the name of PostgreSQL's socket
 MAX_PATH = 107 - len(f"/{SOCKET}")  # bytes of its folder's path
-STOP_TIMEOUT = 20  # seconds before an immediate shutdown: it loses no data, but the next start needs a recovery
+STOP_TIMEOUT = 20  # seconds before an immediate shutdown
 
 
 def load_settings() -> Settings:
@@ -143,19 +143,12 @@ class Cluster:
                 time.sleep(0.01)
 
     def _stop(self) -> None:
-        """Asks for a fast shutdown, which ends all sessions, and after STOP_TIMEOUT for an immediate shutdown."""
-        for signal_number in (signal.SIGINT, signal.SIGQUIT):
-            deadline = time.monotonic() + STOP_TIMEOUT
-            if self._process and self._process.poll() is None:  # also if its files have been removed
-                self._process.send_signal(signal_number)
-            elif self._listens():  # else it has ended, and another process may have its id now
-                with contextlib.suppress(OSError, ValueError, IndexError):
-                    os.kill(int(self._pid_file_lines()[0]), signal_number)
-            else:
-                break
-            while self._pid_file.exists() and time.monotonic() < deadline:
-                time.sleep(0.01)
+        for mode in ("fast", "immediate"):  # the latter loses no data, but the next start needs a recovery
+            if self._listens():
+                self._popen("pg_ctl", "stop", "-D", str(self._data), "-m", mode, "-t", str(STOP_TIMEOUT)).wait()
         if self._process:
+            if not self._pid_file.exists():  # ended, or its files have been removed
+                self._process.send_signal(signal.SIGQUIT)
             self._process.wait()
 
     def _initdb(self) -> None:

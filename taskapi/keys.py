@@ -73,6 +73,15 @@ def _parse_key(jwk: Any) -> PublicKey | None:
         return None
 
 
+def _without_user(url: str) -> str:
+    return re.sub("(?<=//)[^/?#]*@", "", url, count=1)
+
+
+def _public_url(url: str) -> str:
+    """The URL without the parts that may contain a password."""
+    return re.split("[?#]", _without_user(url))[0]
+
+
 class KeySetClient(jwt.PyJWKClient):
     """PyJWT's client, with limits of bytes and of time.
 
@@ -80,10 +89,10 @@ class KeySetClient(jwt.PyJWKClient):
     """
 
     def __init__(self, url: str) -> None:
-        url = re.sub("(?<=//)[^/?#]*@", "", url, count=1)  # urllib would take user@host for the host name
+        url = _without_user(url)  # urllib would take user@host for the host name
         headers = {"User-Agent": f"taskapi/{VERSION}", "Accept": "*/*"}
         super().__init__(url, cache_jwk_set=False, headers=headers)
-        self.public_url = re.split("[?#]", url)[0]  # without the parts that may contain a password
+        self.public_url = _public_url(url)
 
     def fetch_keys(self) -> list[PublicKey]:
         """The keys at the URL that may verify tokens. Raises ValueError with a reason in one line."""
@@ -102,7 +111,9 @@ class KeySetClient(jwt.PyJWKClient):
         raw = b""
         with opener.open(request, timeout=TIMEOUT) as response:
             if response.status != 200:
-                raise ValueError(f"the server answered {response.status}")
+                target = response.headers.get("Location")
+                hint = f", a redirect to {_public_url(target)}: set BETTER_AUTH_URL or JWKS_URL to it" if target else ""
+                raise ValueError(f"the server answered {response.status}{hint}")
             while part := response.read1(MAX_BYTES):
                 raw += part
                 if len(raw) > MAX_BYTES:

@@ -93,7 +93,7 @@ def init_app(app: Flask) -> None:
 
 
 def _log_request(context: RequestContext, response: Response, **fields: Any) -> None:
-    message = f"request refused: {context.reason}" if context.reason else "request"
+    message = f"request refused: {context.reason} {context.remedy}".rstrip() if context.reason else "request"
     if response.status_code >= 400 and (reason := context.reason or context.detail):
         fields["reason"] = reason
     log_event(

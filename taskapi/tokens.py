@@ -8,7 +8,7 @@ string, and its leeway would accept an expired token. flask-jwt-extended only is
 import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -31,7 +31,11 @@ MAX_TEXT = 320  # characters of an email address (RFC 5321 §4.5.3.1) or name
 
 
 class InvalidToken(Exception):
-    """A token that is not accepted. The text may be shown to the client."""
+    """A token that is not accepted. The text may be shown to the client; `remedy` is for the log."""
+
+    def __init__(self, detail: str, remedy: str = "") -> None:
+        super().__init__(detail)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,20 +83,11 @@ class TokenVerifier:
     def verify(self, token: str) -> User:
         """The user of a valid token, which is then cached. Raises InvalidToken or KeysUnavailable."""
         try:
-            header = jwt.get_unverified_header(token)
+            claims, keys = self._decode(token)
+        except jwt.InvalidSignatureError:
+            raise InvalidToken("The token's signature is invalid.") from None
         except (jwt.PyJWTError, ValueError, RecursionError):
             raise InvalidToken("The token is malformed.") from None
-        algorithm: Any = header.get("alg") if not header.keys() & {"crit", "b64"} else None  # no extension is supported
-        keys, issuers, audiences = None, self._settings.issuers, self._settings.audiences
-        if self.key_set and algorithm in PUBLIC_KEY_ALGORITHMS:  # it belongs to one kind of key (RFC 8725 §3.1)
-            keys = self.key_set.current()  # read first: if the keys change now, the next request verifies again
-            candidates: Sequence[Any] = self.key_set.find(algorithm, header.get("kid"))
-            issuers, audiences = (names or self._settings.better_auth_urls for names in (issuers, audiences))
-        elif self._secrets and algorithm == "HS256":
-            candidates = self._secrets  # all: Better Auth's tokens do not name the secret that signed them
-        else:
-            raise InvalidToken("The token's algorithm is not accepted.")
-        claims = _verify_signature(token, algorithm, candidates, issuers, audiences)
         not_before, expires = _check_times(claims)
         if claims.get("type", "access") != "access":  # flask-jwt-extended's refresh tokens are for their issuer only
             raise InvalidToken("The token has the wrong type.")
@@ -102,6 +97,40 @@ class TokenVerifier:
         user = User(user_id, _find_text(claims, "email"), _find_text(claims, "name"))
         self._add_to_cache(_digest(token), VerifiedToken(user, not_before, expires, keys))
         return user
+
+    def _decode(self, token: str) -> tuple[dict[str, Any], list[PublicKey] | None]:
+        """The claims of a token, and the key set that verified it, if none of the secrets did. Raises PyJWT's
+        exceptions, InvalidToken or KeysUnavailable."""
+        header = jwt.get_unverified_header(token)
+        algorithm: Any = None if header.keys() & {"crit", "b64"} else header.get("alg")  # no extension is supported
+        if self.key_set and algorithm in PUBLIC_KEY_ALGORITHMS:  # it belongs to one kind of key (RFC 8725 §3.1)
+            keys = self.key_set.current()  # read first: if the keys change now, the next request verifies again
+            candidates, default = self.key_set.find(algorithm, header.get("kid")), self._settings.better_auth_urls
+        elif self._secrets and algorithm == "HS256":
+            keys, candidates, default = None, self._secrets, ()  # all secrets: no token names the one that signed it
+        else:
+            names = dict.fromkeys(PUBLIC_KEY_ALGORITHMS, "BETTER_AUTH_URL or JWKS_URL") | {
+                "HS256": "BETTER_AUTH_SECRET"
+            }
+            known = algorithm if isinstance(algorithm, str) and algorithm in names else None
+            remedy = f"To accept {known}, set {names[known]}." if known else ""
+            raise InvalidToken("The token's algorithm is not accepted.", remedy)
+        issuer, audience = self._settings.issuers or default or None, self._settings.audiences or default or None
+        options: Any = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "sub", "jti")}
+        options["verify_aud"] = audience is not None
+        for key in candidates:
+            try:
+                return jwt.decode(token, key, [algorithm], options, issuer=issuer, audience=audience), keys
+            except jwt.InvalidSignatureError:
+                continue
+            except (jwt.InvalidIssuerError, jwt.InvalidAudienceError, jwt.MissingRequiredClaimError) as error:
+                detail, claim, name, expected = "for another audience", "aud", "JWT_AUDIENCE", audience
+                if isinstance(error, jwt.InvalidIssuerError) or getattr(error, "claim", "") == "iss":
+                    detail, claim, name, expected = "from another issuer", "iss", "JWT_ISSUER", issuer
+                found = str(jwt.decode(token, options={"verify_signature": False}).get(claim))[:200]
+                remedy = f"Expected {', '.join(expected or ())}, got {found}. To accept that, set {name}."
+                raise InvalidToken(f"The token is {detail}.", remedy) from None
+        raise jwt.InvalidSignatureError
 
     def is_ready(self) -> bool:
         """Whether there is a key to verify tokens with."""
@@ -118,27 +147,6 @@ class TokenVerifier:
 def is_user_id(value: str) -> bool:
     """Whether this can be a user's id: 1 to MAX_USER_ID bytes that PostgreSQL can store."""
     return is_storable(value) and 1 <= len(value.encode()) <= MAX_USER_ID
-
-
-def _verify_signature(
-    token: str, algorithm: str, keys: Sequence[Any], issuers: tuple[str, ...], audiences: tuple[str, ...]
-) -> dict[str, Any]:
-    """The claims of a token. Raises InvalidToken unless a key signed it and its issuer and audience are accepted; no
-    issuers or audiences: any."""
-    options: Any = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "sub", "jti")}
-    options["verify_aud"] = bool(audiences)
-    for key in keys:
-        try:
-            return jwt.decode(token, key, [algorithm], options, issuer=issuers or None, audience=audiences or None)
-        except jwt.InvalidSignatureError:
-            continue
-        except (jwt.InvalidIssuerError, jwt.InvalidAudienceError, jwt.MissingRequiredClaimError) as error:
-            is_about_issuer = isinstance(error, jwt.InvalidIssuerError) or getattr(error, "claim", "") == "iss"
-            detail = "from another issuer" if is_about_issuer else "for another audience"
-            raise InvalidToken(f"The token is {detail}.") from None
-        except (jwt.PyJWTError, ValueError, RecursionError):
-            raise InvalidToken("The token is malformed.") from None
-    raise InvalidToken("The token's signature is invalid.")
 
 
 def _check_times(claims: dict[str, Any]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import os
 import re
 import secrets
 import signal
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -12,8 +13,17 @@ from pathlib import Path
 import pytest
 
 from tests.people import SECRET, mint
-from tests.processes import Server, Wire, assert_problem, request, shared_copy, wait_until
-from tests.servers import SERVERS, THREADS, connect, listens, raise_timeouts, serving_with, tasks_locked
+from tests.processes import Server, Wire, assert_problem, request, serving, shared_copy, wait_until
+from tests.servers import (
+    SERVERS,
+    THREADS,
+    connect,
+    listens,
+    python_after,
+    raise_timeouts,
+    serving_with,
+    tasks_locked,
+)
 
 USER = f"any-{secrets.token_hex(6)}"
 TASKS = f"/api/{USER}/tasks"
@@ -186,6 +196,17 @@ def test_bad_framing_is_refused(any_server: Server, framing: str) -> None:
             assert re.search(f'"request refused: not HTTP".*{logged}', any_server.stderr)
         elif framing != "HTTP/2":
             assert wire.answer().status < 500
+
+
+def test_slow_clients_below_the_connection_limit_keep_nobody_out(folder: Path, variables: dict[str, str]) -> None:
+    """Not under granian, which belongs behind nginx."""
+    python = python_after("server.MAX_CONNECTIONS = 40")
+    with serving(folder, variables, token=TOKEN, python=python) as server, ExitStack() as stack:
+        for wire, begun in zip(connect(server, stack, 20), [b"G", post("Content-Length: 21")] * 10, strict=True):
+            wire.send(begun)
+        others, started = connect(server, stack, 16), time.monotonic()
+        assert [wire.send(get()).answer().status for wire in others] == [200] * 16
+        assert time.monotonic() - started < 2
 
 
 STOPS = [("waitress", signal.SIGTERM), ("waitress", signal.SIGINT), ("waitress", signal.SIGHUP)]

@@ -3,6 +3,7 @@
 import functools
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 
@@ -11,10 +12,11 @@ import psycopg
 import pytest
 from flask.testing import FlaskClient
 
-from taskapi import Settings, create_app
+from taskapi import Settings, create_app, keys
 from taskapi.context import get_api
 from tests.issuers import BetterAuth, Visitor, better_auth, install_better_auth, mac
 from tests.people import SECRET, Person, assert_problem
+from tests.processes import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,6 +88,32 @@ def test_jwt_plugin_with_its_defaults_needs_only_its_url(start: Start, shared_ur
         assert_problem(Person(client, other.id, person.token).request("GET"), 403)
     with api(shared_url, BETTER_AUTH_URL="http://127.0.0.1:1", JWKS_URL=f"{home.url}/api/auth/jwks") as client:
         assert_problem(Person(client, visitor.id, person.token).request("GET"), 401)
+
+
+def test_rotated_key_is_accepted_within_seconds_and_the_old_one_while_it_is_published(
+    start: Start, shared_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = start("jwks")
+    visitor = home.sign("up", new_name())
+
+    def expire(token: str, days: int) -> None:
+        """As after a rotationInterval; 30 days later Better Auth no longer publishes the key."""
+        change = """UPDATE better_auth.jwks SET "expiresAt" = now() - make_interval(days => %s) WHERE id = %s"""
+        with psycopg.connect(shared_url) as conn:
+            conn.execute(change, [days, jwt.get_unverified_header(token)["kid"]])
+
+    with api(shared_url, BETTER_AUTH_URL=home.url) as client:
+        old = Person(client, visitor.id, visitor.token())
+        assert old.list() == []
+        expire(old.token, 0)
+        new, started = Person(client, visitor.id, visitor.token()), time.monotonic()
+        wait_until(lambda: new.request("GET").status_code == 200, "the new key is accepted")
+        assert time.monotonic() - started < keys.COOLDOWN + 1
+        assert old.list() == []
+        expire(old.token, 31)
+        monkeypatch.setattr(keys, "REFRESH", 0.5)
+        wait_until(lambda: old.request("GET").status_code == 401, "the old key is refused")
+        assert new.list() == []
 
 
 def test_jwt_plugin_may_sign_with_the_secret(start: Start, shared_url: str) -> None:

@@ -24,6 +24,7 @@ PASSWORDS = [f"postgresql://ann:{password}@h/d" for password in ("pa@ss", "pa/ss
         ("BETTER_AUTH_SECRET", "BETTER_AUTH_SECRET is not UTF-8", ["\udcff" * 32]),
         ("BETTER_AUTH_SECRET", ".* placeholder", ["change-me-to-the-secret-of-your-better-auth-server"]),
         ("BETTER_AUTH_SECRET", ".* placeholder", ["better-auth-secret-12345678901234567890"]),
+        ("BETTER_AUTH_SECRET", ".* is a key in PEM form", ["-----BEGIN PUBLIC KEY-----\nMCowBQYDK2VwAyEA"]),
         ("BETTER_AUTH_SECRETS", "BETTER_AUTH_SECRETS is not of the form", ["x" * 32, f"a:{'x' * 32}", ","]),
         ("BETTER_AUTH_SECRETS", "BETTER_AUTH_SECRET is too short", ["2:short,1:x"]),
         ("DATABASE_URL", "DATABASE_URL is not a libpq URL.* @ as %40", [*PASSWORDS, "what://is.this"]),

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+from taskapi.config import VARIABLES
 from tests.people import SECRET, mint
 from tests.processes import (
     CHECKOUT,
@@ -165,8 +166,26 @@ def test_nginx_keeps_unfinished_uploads_and_floods_from_granian(
 def test_systemd_accepts_the_unit(tmp_path: Path) -> None:
     unit = tmp_path / "taskapi@.service"
     unit.write_text(readme(language="ini").replace("/srv/taskapi/.venv/bin/python", "/bin/true"))
-    result = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, timeout=30)
-    assert result.returncode == 0, result.stderr
+    for command in (["verify"], ["security", "--offline=true", "--threshold=40"]):  # of 100
+        command = ["systemd-analyze", "--no-pager", *command, str(unit)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_compose_file_migrates_and_then_serves(folder: Path, new_database: Callable[..., str]) -> None:
+    """Its commands are run by hand, since there is no image to start from."""
+    services = pytest.importorskip("yaml").safe_load(readme("Deployment", "yaml"))["services"]
+    migrate, server = services["migrate"], services["server"]
+    assert server["depends_on"] == {"migrate": {"condition": "service_completed_successfully"}}
+    assert migrate["environment"] == server["environment"]
+    assert migrate["environment"].keys() <= VARIABLES.keys()
+    env = environment(**{**server["environment"], "DATABASE_URL": new_database(), "BETTER_AUTH_SECRET": SECRET})
+    subprocess.run([sys.executable, "-m", *migrate["command"]], cwd=folder, env=env, check=True, capture_output=True)
+    port = free_port()
+    command = server["command"].replace("8000", str(port)).split()
+    with started([sys.executable, "-m", *command], folder, env):
+        wait_until(lambda: listens(port), "granian listens")
+        assert ask(f"http://127.0.0.1:{port}", "GET", TASKS, token=TOKEN).status == 200
 
 
 def test_container_file_copies_and_runs_what_is_needed(database_url: str, tmp_path: Path) -> None:

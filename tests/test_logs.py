@@ -100,6 +100,32 @@ def test_unreachable_key_server_is_logged_without_its_password(events: Events) -
 
 
 @pytest.mark.parametrize(
+    ("token", "settings", "remedy"),
+    [
+        (
+            Signer.new("EdDSA").token("ann"),
+            {},
+            "algorithm is not accepted. To accept EdDSA, set BETTER_AUTH_URL or JWKS_URL.",
+        ),
+        (mint("ann"), {"secrets": (), "jwks_url": "http://h"}, "accepted. To accept HS256, set BETTER_AUTH_SECRET."),
+        (mint("ann", iss="b"), {"issuers": ("a",)}, "issuer. Expected a, got b. To accept that, set JWT_ISSUER."),
+        (
+            mint("ann"),
+            {"audiences": ("a", "b")},
+            "audience. Expected a, b, got None. To accept that, set JWT_AUDIENCE.",
+        ),
+        (mint("ann", secret="x" * 32, iss="b"), {"issuers": ("a",)}, "The token's signature is invalid."),
+    ],
+)
+def test_what_to_set_for_a_refused_token_is_logged(
+    events: Events, token: str, settings: dict[str, Any], remedy: str
+) -> None:
+    with running_app(UNREACHABLE, **settings) as app:
+        assert ask(Person(app.test_client(), "ann", token)) == 401
+    assert events()[-1]["event"].endswith(remedy)
+
+
+@pytest.mark.parametrize(
     ("method", "path", "body", "status", "reason"),
     [
         ("GET", "", None, 200, None),

@@ -120,12 +120,18 @@ def test_what_metrics_need_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(ConfigError, match=rf"^cannot listen on 127\.0\.0\.1:{port} \(.*in use\): set METRICS$"):
             metrics.serve("127.0.0.1", port)
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/nowhere")
-    with pytest.raises(ConfigError, match=r"^PROMETHEUS_MULTIPROC_DIR names no folder"), running_app(metrics=("", 0)):
+    with (
+        pytest.raises(ConfigError, match=r"^PROMETHEUS_MULTIPROC_DIR names no folder"),
+        running_app(metrics=("127.0.0.1", 0)),
+    ):
         pass
     monkeypatch.delattr(taskapi, "metrics")
     monkeypatch.delitem(sys.modules, "taskapi.metrics")
     monkeypatch.setitem(sys.modules, "prometheus_client", None)
-    with pytest.raises(ConfigError, match=r"^METRICS needs .* taskapi\[metrics\]$"), running_app(metrics=("", 0)):
+    with (
+        pytest.raises(ConfigError, match=r"^METRICS needs .* taskapi\[metrics\]$"),
+        running_app(metrics=("127.0.0.1", 0)),
+    ):
         pass
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import Distribution
 from pathlib import Path
 
@@ -119,7 +120,10 @@ SERVERS = {
 @pytest.mark.parametrize("line", SERVERS)
 def test_any_wsgi_server_can_serve_it(folder: Path, database_url: str, line: str) -> None:
     with started([*PYTHON, "-m", *line.split()], folder, settings(database_url)) as process:
-        assert_serves(process.wait_for(SERVERS[line]))
+        assert_serves(url := process.wait_for(SERVERS[line]))
+        with ThreadPoolExecutor(8) as threads:
+            users = [(f"/api/{n}/tasks", {"title": "t"}, mint(f"{n}")) for n in range(40)]
+            assert {answer.status for answer in threads.map(lambda user: ask(url, "POST", *user), users)} == {201}
         start = time.monotonic()
         process.stop()
         assert time.monotonic() - start < 5  # a pool that is not closed delays Python's exit, from 3.13 on

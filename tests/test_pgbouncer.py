@@ -34,7 +34,6 @@ pool_mode = transaction
 default_pool_size = {connections}
 server_reset_query =
 query_wait_timeout = 5
-{user}
 """
 
 
@@ -44,11 +43,14 @@ def pooled_url(new_database: Callable[..., str], tmp_path_factory: pytest.TempPa
     direct = {"user": "postgres", **conninfo_to_dict(new_database(migrated=True))}
     name, port = direct.pop("dbname"), free_port()
     backend = " ".join(f"{key}={value}" for key, value in direct.items())
-    user = "user = postgres" if os.getuid() == 0 else ""  # it refuses root; Debian's package creates this user
     folder = tmp_path_factory.mktemp("pgbouncer")
-    config = CONFIG.format(backend=backend, port=port, connections=CONNECTIONS, user=user)
-    (folder / "pgbouncer.ini").write_text(config)
-    with started([str(PROGRAM), "pgbouncer.ini"], folder, environment()) as process:
+    (folder / "pgbouncer.ini").write_text(CONFIG.format(backend=backend, port=port, connections=CONNECTIONS))
+    # It refuses root. The user that Debian's package creates may not enter the folder with the socket.
+    other = (
+        "setpriv --reuid=postgres --regid=postgres --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override"
+    )
+    command = [*(other.split() if os.getuid() == 0 else ()), str(PROGRAM), "pgbouncer.ini"]
+    with started(command, folder, environment()) as process:
         process.wait_for(r"process up()")
         yield f"postgresql://{direct['user']}@127.0.0.1:{port}/{name}"
 

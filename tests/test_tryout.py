@@ -5,6 +5,7 @@ import json
 import os
 import pwd
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -13,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import click
@@ -25,7 +26,18 @@ from taskapi.config import VARIABLES
 from taskapi.embedded import Cluster
 from taskapi.server import listen
 from tests.people import SECRET
-from tests.processes import PYTHON, ask, copied, environment, kill_all, processes_in, serving, started, wait_until
+from tests.processes import (
+    PYTHON,
+    ask,
+    copied,
+    environment,
+    kill_all,
+    processes_in,
+    readme,
+    serving,
+    started,
+    wait_until,
+)
 
 pytestmark = pytest.mark.slow  # as a whole: each test starts a PostgreSQL
 
@@ -250,6 +262,22 @@ def shared_folder() -> Iterator[Path]:
 def change_owner(folder: Path, uid: int) -> None:
     for path in (folder, *folder.rglob("*")):
         os.chown(path, uid, uid)
+
+
+def test_data_moves_to_a_server_as_the_readme_says(folder: Path, new_database: Callable[..., str]) -> None:
+    (lines,) = re.findall(r"^### Move.*?^```sh\n(.*?)^```", readme("Operations"), re.MULTILINE | re.DOTALL)
+    url, site = new_database(), sysconfig.get_path("purelib")
+    lines = lines.replace("postgresql://postgres@db.example.com/tasks", shlex.quote(url))
+    lines = lines.replace(".venv/lib/python3*/site-packages", site).replace(".venv/bin/", f"{sys.executable} -m ")
+    with serving(folder) as server:
+        assert server.ask("POST", TASKS, [{"title": "Buy milk"}] * 2).status == 201
+        tasks = server.ask("GET", TASKS).json
+        subprocess.run(["bash", "-euo", "pipefail", "-c", lines], cwd=folder, env=server.env, check=True, timeout=60)
+    with serving(
+        folder, {"DATABASE_URL": url, "BETTER_AUTH_SECRET": (folder / ".taskapi" / "secret").read_text()}
+    ) as new:
+        assert new.ask("GET", TASKS, token=server.token).json == tasks
+        assert new.ask("POST", TASKS, {"title": "Buy milk"}, server.token).json["id"] > tasks[-1]["id"]
 
 
 # Refused starts
