@@ -30,6 +30,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     """Creates an app that serves only the API. Without `settings`, reads the environment. Raises ConfigError."""
     settings = settings or Settings.from_env(os.environ)
     app = App(__name__, static_folder=None)
+    app.url_map.merge_slashes = False  # a path with // is another path
     logs.init_app(app)
     init_app(app, settings)
     health.init_app(app)

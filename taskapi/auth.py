@@ -29,14 +29,18 @@ def guard() -> Response | None:
         api.limits.count_refusal(request)
         return _unauthorized(str(error), f'{CHALLENGE}, error="invalid_token", error_description="{error}"')
     if user is None:
-        return _unauthorized("A bearer token is required.", CHALLENGE)
+        hint = ": Authorization must be Bearer, a space and the token" if request.headers.get("Authorization") else ""
+        return _unauthorized(f"A bearer token is required{hint}.", CHALLENGE)
     context.user = user
     # The bytes too: werkzeug decodes invalid UTF-8 as U+FFFD, which an id may contain.
     path = request.environ["PATH_INFO"].encode("latin-1")
     if (request.view_args or {}).get("user_id") != user.id or f"/{user.id}/".encode() not in path:
         api.limits.count_refusal(request)
         context.reason = "The token's subject does not match the user in the URL."
-        return problem(403, context.reason)
+        found = (request.view_args or {}).get("user_id")
+        return problem(
+            403, f"The token is for the user {user.id!r}, the URL for {found!r}. Use your own id in the URL."
+        )
     api.limits.count_request(user.id)
     return None
 

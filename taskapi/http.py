@@ -68,7 +68,7 @@ class Parser(HTTPRequestParser):
 
     def _max_body(self) -> int:
         """The highest limit in bytes that is possible for this path. parsing.py applies the exact limit."""
-        return MAX_BULK if self.command == "POST" and self.path.endswith("/tasks") else MAX_BODY
+        return MAX_BULK if self.command == "POST" and self.path.rstrip("/").endswith("/tasks") else MAX_BODY
 
     def received(self, data: bytes) -> int:
         consumed: int = super().received(data)

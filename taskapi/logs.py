@@ -119,4 +119,4 @@ def log_unreadable(client: str, status: int) -> str:
 @functools.cache
 def path_template(rule: str) -> str:
     """/api/{user_id}/tasks for the router's /api/<taskapi_user:user_id>/tasks."""
-    return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule)
+    return re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule).rstrip("/") or "/"

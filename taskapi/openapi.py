@@ -14,11 +14,12 @@ from . import VERSION
 from .config import ConfigError
 from .idempotency import KEY_PATTERN
 from .logs import path_template
-from .schemas import CHANGES, DELETIONS, FILTER, LIST, MAX_TASKS, READ_ONLY, STATE, TASK, Instant
+from .schemas import DELETIONS, FILTER, LIST, MAX_TASKS, PRIORITIES, SORTS, STATE, TASK
 
 Json = dict[str, Any]
 
 TEMPLATE = Path(__file__).parent / "static" / "openapi.json"
+QUERIES = {"list_tasks": LIST, "delete_tasks": FILTER, "list_deletions": DELETIONS}
 
 
 def document(app: Flask) -> Json:
@@ -31,36 +32,50 @@ def document(app: Flask) -> Json:
     plugin = MarshmallowPlugin()
     APISpec("taskapi", VERSION, "3.1.0", [plugin])  # sets up the plugin's converter
     converter: Any = plugin.converter
-    converter.map_to_openapi_type(Instant, "string", "date-time")
     spec: Json = json.loads(TEMPLATE.read_bytes())
     spec["info"]["version"] = VERSION
-    spec["components"]["parameters"]["Idempotency-Key"]["schema"]["pattern"] = KEY_PATTERN
-    _add_schemas(spec["components"]["schemas"], converter)
+    components = spec["components"]
+    components["parameters"]["Idempotency-Key"]["schema"]["pattern"] = KEY_PATTERN
+    _add_schemas(components["schemas"], converter)
+    for schema in QUERIES.values():
+        for parameter in converter.schema2parameters(schema, location="query"):
+            components["parameters"][parameter["name"]] |= parameter
+    components["parameters"]["priority"]["schema"]["items"] = _reference("schemas/Priority")
+    components["parameters"]["sort"]["schema"] = _reference("schemas/Sort")
     views = {view: rule.rule for rule in app.url_map.iter_rules() if (view := app.view_functions.get(rule.endpoint))}
     rules = {view.__name__: rule for view, rule in views.items() if view.__module__.startswith(f"{__package__}.")}
     templates, spec["paths"] = spec["paths"], {}
     for item in templates.values():
         operations = {operation["operationId"]: operation for name, operation in item.items() if name != "parameters"}
-        for name, schema in (("list_tasks", LIST), ("delete_tasks", FILTER), ("list_deletions", DELETIONS)):
-            if name in operations:
-                parameters = converter.schema2parameters(schema, location="query")
-                operations[name]["parameters"] = parameters + operations[name]["parameters"]
+        for name in QUERIES.keys() & operations.keys():
+            parameters = [_reference(f"parameters/{parameter}") for parameter in QUERIES[name].fields]
+            operations[name]["parameters"] = parameters + operations[name]["parameters"]
         if (name := next(iter(operations))) in rules:  # an embedding app may have no health checks
             spec["paths"][path_template(rules[name])] = item
     return spec
 
 
+def _reference(name: str) -> Json:
+    return {"$ref": f"#/components/{name}"}
+
+
 def _add_schemas(schemas: Json, converter: Any) -> None:
-    """Adds the schemas from marshmallow. A client may send a task back as it is, so a body may have all members."""
-    new, changes, state = (converter.schema2jsonschema(schema) for schema in (TASK, CHANGES, STATE))
-    for member in (*changes["properties"].values(), *state["properties"].values()):
-        member.pop("default", None)  # an absent member is not changed
-    schemas["Task"]["properties"] |= changes["properties"]
-    for body in (new, changes, state):
-        body["properties"] |= {name: {"readOnly": True} for name in READ_ONLY}
-    changes["not"] = {"propertyNames": {"enum": [*READ_ONLY]}}  # at least one member to change
-    state["required"] = [*STATE.fields]
-    schemas |= {"NewTask": new, "TaskChanges": changes, "TaskState": state}
+    """Adds the schemas of bodies from marshmallow. A client may send a task back, so a body may have all its members.
+    Answers have no limits in their schema: some validators count an emoji as two characters."""
+    new, task = converter.schema2jsonschema(TASK), schemas["Task"]["properties"]
+    members = {name: task[name] | member for name, member in new["properties"].items()}
+    members["priority"] = {**task["priority"], "default": members["priority"]["default"]}
+    # A default is described only: generators for TypeScript would make a member with a `default` required.
+    defaults = {name: member.pop("default") for name, member in members.items() if "default" in member}
+    notes = {name: {"description": f"Default: `{json.dumps(value)}`."} for name, value in defaults.items()}
+    body = {"type": "object", "additionalProperties": False}
+    schemas |= {
+        "Priority": {"type": "string", "enum": [*PRIORITIES]},
+        "Sort": {"type": "string", "enum": [*SORTS]},
+        "NewTask": {**new, "properties": {name: member | notes.get(name, {}) for name, member in members.items()}},
+        "TaskChanges": {**body, "minProperties": 1, "properties": members},
+        "TaskState": {**body, "properties": {name: members[name] for name in STATE.fields}},
+    }
     for name in ("Tasks", "NewTasks"):
         schemas[name]["maxItems"] = MAX_TASKS
 

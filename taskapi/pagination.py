@@ -8,10 +8,10 @@ from datetime import datetime
 from typing import Any
 from urllib.parse import urlencode
 
-from flask import request
+from flask import request, url_for
 
-from .parsing import refuse_parameters
-from .schemas import MAX_BODY, PRIORITIES, is_storable
+from .parsing import refuse
+from .schemas import is_storable
 
 _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?\+00", re.ASCII)  # as PostgreSQL writes it
 
@@ -22,35 +22,33 @@ def parse_cursor(cursor: str | None, sort: str = "created_at") -> dict[str, Any]
     if cursor is None:
         return {"after": None, "after_id": None}
     try:
-        raw = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4))
-        digest, after, after_id = json.loads(raw)
-        if digest != _query_digest() or not _is_position(sort, after) or type(after_id) is not int:
-            raise ValueError
-        if not 0 < after_id < 2**63:
+        digest, after, after_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
+        is_id = type(after_id) is int and 0 < after_id < 2**63
+        if digest != _query_digest() or not is_id or not isinstance(after, str) or not _is_position(after, sort):
             raise ValueError
     except (ValueError, TypeError, RecursionError):
-        refuse_parameters([("cursor", "Does not belong to this list: start without a cursor.")])
+        refuse("parameter", [("cursor", "Does not belong to this list: start without a cursor, then follow Link.")])
     return {"after": after, "after_id": after_id}
 
 
-def _is_position(sort: str, after: Any) -> bool:
+def _is_position(after: str, sort: str) -> bool:
     """Whether PostgreSQL can compare it with what the list is sorted by. Raises ValueError for an impossible time."""
-    if not isinstance(after, str) or not is_storable(after) or len(after) > MAX_BODY:
-        return False
     if sort.endswith("title"):
-        return True
+        return is_storable(after)
     if sort.endswith("priority"):
-        return after in [str(number) for number in range(1, len(PRIORITIES) + 1)]
+        return after in ("1", "2", "3", "4")
     return after in ("infinity", "-infinity") or bool(_TIME.fullmatch(after) and datetime.fromisoformat(after[:-3]))
 
 
-def next_link(url: str, after: bytes, after_id: bytes) -> str:
-    """The Link to the page after that position of the list at `url`."""
-    # \u… for a character would be six bytes: too long a header for nginx.
-    position = json.dumps([_query_digest(), after.decode(), int(after_id)], ensure_ascii=False)
-    cursor = base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")
+def next_link(after: bytes | None = None, after_id: bytes = b"") -> str:
+    """The Link to the page after that position of the list; without a position, to the same URL again."""
     parameters = [(name, value) for name, value in request.args.items(multi=True) if name != "cursor"]
-    return f'<{url}?{urlencode([*parameters, ("cursor", cursor)])}>; rel="next"'
+    if after is not None:
+        # \u… for a character would be six bytes: too long a header for nginx.
+        position = json.dumps([_query_digest(), after.decode(), int(after_id)], ensure_ascii=False)
+        parameters.append(("cursor", base64.urlsafe_b64encode(position.encode()).decode().rstrip("=")))
+    url = url_for(request.endpoint or "", **(request.view_args or {})).rstrip("/")
+    return f'<{url}?{urlencode(parameters)}>; rel="next"'
 
 
 def _query_digest() -> str:

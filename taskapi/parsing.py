@@ -1,91 +1,92 @@
 """Bodies and query strings: parses them strictly, checks them with a schema, and answers 400, 413, 415 or 422."""
 
+import difflib
 import functools
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote
 
 from flask import abort, request
-from marshmallow import Schema, ValidationError, fields, missing
+from marshmallow import Schema, ValidationError, fields
 
 from .problems import problem
-from .schemas import LIST, MAX_BODY, MAX_BULK, MAX_TASKS, READ_ONLY, TASK
+from .schemas import LIST, MAX_BODY, MAX_BULK, MAX_TASKS, READ_ONLY, TASK, UNKNOWN
 
 MAX_ERRORS = 20  # in one answer, so that a small body cannot cause a large answer
+# What other APIs call a member or a parameter, if that is not similar to its name here.
+OTHER_NAMES = {
+    "status": "is_completed", "done": "is_completed", "search": "q", "query": "q", "order": "sort", "order_by": "sort",
+    "page": "cursor", "skip": "cursor", "offset": "cursor", "page_size": "limit", "per_page": "limit",
+}  # fmt: skip
 _REPEATABLE = {name for name, field in LIST.fields.items() if isinstance(field, fields.List)}
 
 
 def load_tasks() -> tuple[list[dict[str, Any]], bool]:
     """The tasks in the request's body, checked as in `load_body`, and whether they came in an array."""
     body = _read_json(MAX_BULK)
-    if not isinstance(body, list):
-        return _load_all(TASK, {"#": body}), False
-    if len(body) > MAX_TASKS:
-        _refuse_body([("#", f"Must have at most {MAX_TASKS} tasks.")])
-    return _load_all(TASK, {f"#/{number}": task for number, task in enumerate(body)}), True
+    is_array = isinstance(body, list)
+    if is_array and len(body) > MAX_TASKS:
+        refuse("pointer", [("#", f"Must have at most {MAX_TASKS} tasks.")])
+    loaded = _load(TASK, body, many=is_array)
+    return (loaded if is_array else [loaded]), is_array
 
 
-def load_body(schema: Schema) -> dict[str, Any]:
-    """The request's body: strict JSON (else 400) of the right type (415) and size (413) that matches the schema (422).
-
-    Read-only members are removed, so that a task that was read may be sent back; `id` and `user_id` must match the URL.
-    At least one member must remain.
-    """
-    [changes] = _load_all(schema, {"#": _read_json(MAX_BODY)})
-    if not changes:
-        _refuse_body([("#", "At least one field is required.")])
-    return changes
+def load_body(schema: Schema, *, may_be_empty: bool = False) -> dict[str, Any]:
+    """The request's body: strict JSON (else 400), of the right type (415) and size (413), as the schema says (422)."""
+    if may_be_empty and not (request.content_length or "Transfer-Encoding" in request.headers):
+        return {}
+    members: dict[str, Any] = _load(schema, _read_json(MAX_BODY))
+    if not members and not may_be_empty:
+        refuse("pointer", [("#", "At least one field is required.")])
+    return members
 
 
 def load_query(schema: Schema) -> dict[str, Any]:
     """The request's query parameters, with their defaults, or None. 422 for an unknown one, a wrong value, and one that
     is given twice but is not repeatable."""
-    if not request.query_string:
-        return _load_defaults(schema).copy()
-    query = request.query_string.decode(errors="replace")  # werkzeug's own args keep invalid UTF-8 percent-encoded
-    given = parse_qs(query, keep_blank_values=True)
-    errors: dict[str, Any] = {
-        name: ["Must be given once."] for name, values in given.items() if len(values) > 1 and name not in _REPEATABLE
-    }
+    return _load_query(schema, request.query_string).copy()
+
+
+@functools.lru_cache(256)  # most lists are requested without parameters, or with the same few
+def _load_query(schema: Schema, query: bytes) -> dict[str, Any]:
+    given = parse_qs(query.decode(errors="replace"), keep_blank_values=True)  # request.args has invalid UTF-8 as %ff
+    first = {name: values if name in _REPEATABLE else values[0] for name, values in given.items()}
+    errors: dict[str, Any] = {n: ["Must be given once."] for n in given if len(given[n]) > 1 and n not in _REPEATABLE}
     errors |= {name: ["Is not UTF-8."] for name, values in given.items() if "\ufffd" in "".join([name, *values])}
     try:
-        loaded = schema.load({k: values if k in _REPEATABLE else values[0] for k, values in given.items()})
+        loaded: dict[str, Any] = schema.load(first)
     except ValidationError as error:
         errors = error.messages_dict | errors
     if errors:
-        refuse_parameters((name, detail) for name in errors for _, detail in _flatten("", errors[name]))
-    return {**_load_defaults(schema), **loaded}
+        refuse("parameter", ((name, text) for name in errors for _, text in _find_errors(schema, {name: errors[name]})))
+    return dict.fromkeys(schema.fields) | loaded
 
 
-@functools.cache  # most lists are requested without parameters
-def _load_defaults(schema: Schema) -> dict[str, Any]:
-    defaults = {name: field.load_default for name, field in schema.fields.items()}
-    return {name: None if default is missing else default for name, default in defaults.items()}
-
-
-def refuse_parameters(errors: Iterable[tuple[str, str]]) -> NoReturn:
-    """Ends the request with 422 for these parameters."""
-    listed = [{"parameter": name, "detail": detail} for name, detail in errors]
-    abort(problem(422, "A query parameter is invalid.", errors=listed[:MAX_ERRORS]))
-
-
-def has_body() -> bool:
-    """Whether the request has a body. waitress sets the length of a chunked body."""
-    return bool(request.content_length or request.headers.get("Transfer-Encoding"))
+def refuse(kind: str, errors: Iterable[tuple[str, str]]) -> NoReturn:
+    """Ends the request with 422. Each error has a name, which is of that kind (pointer, parameter or header)."""
+    listed = [*itertools.islice(errors, MAX_ERRORS)]
+    details = [f"{name.strip('#/')[:100] or 'body'}: {text[0].lower()}{text[1:].rstrip('.')}" for name, text in listed]
+    abort(problem(422, "; ".join(details), errors=[{kind: name, "detail": text} for name, text in listed]))
 
 
 def _read_json(limit: int) -> Any:
     request.max_content_length = limit
     raw = request.get_data(cache=False)
     if raw and request.mimetype != "application/json":
-        abort(problem(415, "The body must be application/json."))
+        abort(problem(415, "The body must be JSON, with the header Content-Type: application/json."))
     if len(raw) > MAX_BODY and not raw.lstrip().startswith(b"["):
         abort(413)
-    try:  # strictly as in RFC 8259, and decoded here: json would accept a byte order mark and UTF-16
-        return json.loads(raw.decode(), object_pairs_hook=_unique_members, parse_constant=_refuse_constant)
+    if not raw.strip():
+        abort(problem(400, "The body is empty: send JSON."))
+    try:  # as strictly as RFC 8259: json itself would accept UTF-16, duplicate members, and NaN, which int refuses
+        return json.loads(raw.decode(), object_pairs_hook=_unique_members, parse_constant=int)
+    except json.JSONDecodeError as error:
+        reason = "use double quotes" if error.doc[error.pos : error.pos + 1] == "'" else error.msg.partition(" (")[0]
+        abort(problem(400, f"The body is not valid JSON: {reason}: line {error.lineno}, column {error.colno}."))
     except (ValueError, RecursionError):
-        abort(problem(400, "The body is not valid JSON. It must be UTF-8, without NaN and without duplicate members."))
+        abort(problem(400, "The body is not valid JSON: it must be UTF-8, without NaN and without duplicate members."))
 
 
 def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -95,60 +96,26 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _load_all(schema: Schema, tasks: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Loads each task with the schema; the keys are their JSON Pointers. 422 with the errors of all tasks."""
-    loaded: list[dict[str, Any]] = []
-    errors: list[tuple[str, str]] = []
-    for pointer, task in tasks.items():
-        try:
-            loaded.append(_load_one(schema, task))
-        except ValidationError as error:
-            errors += _flatten(pointer, error.messages)
-        if len(errors) >= MAX_ERRORS:
-            break
-    if errors:
-        _refuse_body(errors)
-    return loaded
-
-
-def _load_one(schema: Schema, task: Any) -> dict[str, Any]:
-    if not isinstance(task, dict):
-        raise ValidationError("Must be a JSON object.")
-    url = request.view_args or {}
-    read_only = {name: task.pop(name) for name in READ_ONLY if name in task}
-    errors: dict[str, Any] = {
-        name: ["Must match the URL."]
-        for name, value in read_only.items()
-        if name in url and (type(value), str(value)) != (READ_ONLY[name], url[name])
-    }
+def _load(schema: Schema, body: Any, *, many: bool = False) -> Any:
     try:
-        loaded: dict[str, Any] = schema.load(task)
+        return schema.load(body, many=many)
     except ValidationError as error:
-        errors |= error.messages_dict
-    if errors:
-        raise ValidationError(errors)
-    return loaded
+        refuse("pointer", _find_errors(schema, error.messages_dict))
 
 
-def _flatten(pointer: str, messages: Any) -> Iterator[tuple[str, str]]:
+def _find_errors(schema: Schema, messages: dict[Any, Any], pointer: str = "#") -> Iterator[tuple[str, str]]:
     """Each message of marshmallow, with the JSON Pointer of its member as a URI fragment (RFC 6901 §6)."""
-    if isinstance(messages, dict):
-        for name, inner in messages.items():
-            part = quote(str(name).replace("~", "~0").replace("/", "~1"), safe="~", errors="replace")
-            yield from _flatten(f"{pointer}/{part}", inner)
-    else:
-        yield from ((pointer, message) for message in messages)
+    for name, inner in messages.items():
+        part = quote(str(name).replace("~", "~0").replace("/", "~1"), safe="~", errors="replace")
+        below = pointer if inner == [schema.error_messages["type"]] else f"{pointer}/{part}"
+        if isinstance(inner, dict):
+            yield from _find_errors(schema, inner, below)
+        else:
+            yield from ((below, _suggest(schema, name) if text == UNKNOWN else text) for text in inner)
 
 
-def refuse_tasks(detail: str) -> NoReturn:
-    """Ends the request with 422 for its body as a whole."""
-    _refuse_body([("#", detail)])
-
-
-def _refuse_body(errors: list[tuple[str, str]]) -> NoReturn:
-    listed = [{"pointer": pointer, "detail": detail} for pointer, detail in errors[:MAX_ERRORS]]
-    abort(problem(422, "The body is invalid.", errors=listed))
+def _suggest(schema: Schema, name: str) -> str:
+    """Names the member or parameter that an unknown one may be meant for."""
+    known = [one for one in schema.fields if one not in READ_ONLY]
+    meant = [OTHER_NAMES.get(name), *difflib.get_close_matches(name[:50], known, 1, 0.65)]
+    return next((f"{UNKNOWN} Did you mean {one}?" for one in meant if one in known), UNKNOWN)

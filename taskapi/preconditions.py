@@ -1,9 +1,9 @@
-"""Conditional requests (RFC 9110 §13.1): If-Match prevents lost updates, If-None-Match saves unchanged answers.
+"""Conditional requests (RFC 9110 §13.1): If-Match prevents lost updates, If-None-Match saves unchanged answers. A tag
+is an entity tag (ETag) here."""
 
-A tag is an entity tag (ETag) here; the tags of a task are in schemas.py.
-"""
+from typing import NoReturn
 
-from flask import Response, request
+from flask import Response, abort, request
 
 from .problems import problem
 
@@ -22,16 +22,17 @@ def if_match() -> list[str] | None:
 
 
 def not_modified(tag: bytes) -> Response | None:
-    """304 if If-None-Match has this entity tag, else None."""
-    if "If-None-Match" not in request.headers:
-        return None
-    given = request.if_none_match
-    if not given.star_tag and not given.contains_weak(tag.decode().strip('"')):
+    """304 if If-None-Match has this entity tag or *, else None."""
+    if not request.if_none_match.contains_weak(tag.decode().strip('"')):
         return None
     response = Response(status=304, headers=tag_headers(tag))
     del response.headers["Content-Type"]
     return response
 
 
-def precondition_failed() -> Response:
-    return problem(412, "It was changed since you read it. Nothing was changed now.")
+def fail() -> NoReturn:
+    """Ends the request with 412."""
+    detail = "It was changed since you read it. Nothing was changed now."
+    if 'W/"' in request.headers["If-Match"]:
+        detail = 'A weak tag (W/"…") never matches. A proxy made it weak: turn off its compression for this API.'
+    abort(problem(412, detail))

@@ -21,7 +21,7 @@ MEDIA_TYPE = "application/problem+json"
 DETAILS = {
     404: "No such path.",
     405: "The resource does not support this method.",
-    413: "The body is too large.",
+    413: "The body is too large: at most 64 KiB, an array of tasks at most 1 MiB.",
 }
 
 
@@ -61,6 +61,8 @@ def _answer_http_error(error: HTTPException) -> Response | HTTPException:
     detail = error.description  # may be an embedding app's: abort(403, "maintenance")
     if detail == default_exceptions.get(error.code, HTTPException).description:
         detail = DETAILS.get(error.code, detail)
+        if error.code == 404 and request.url_rule is None:  # not of an embedding app, whose prefix may be another
+            detail = f"{detail} The tasks of a user are at /api/{{user_id}}/tasks."
     return problem(error.code, str(detail or "The request cannot be answered."), headers)
 
 

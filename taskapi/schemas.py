@@ -5,19 +5,19 @@ import re
 from datetime import UTC, datetime
 from typing import Any
 
-from marshmallow import RAISE, Schema, ValidationError, fields, validate
+from flask import request
+from marshmallow import RAISE, Schema, ValidationError, fields, missing, validate
 
-from .search import MAX_NON_STARTERS, is_stream_safe
+from .search import MAX_NON_STARTERS, is_stream_safe, make_patterns
 
 MAX_BODY = 64 * 1024  # bytes of a body at most, except an array of tasks
 MAX_BULK = 1024 * 1024  # bytes of an array of tasks at most
 MAX_TASKS = 1_000  # tasks that are created together, or on one page, at most
 MAX_TEXT = 10_000  # characters of a description at most
+MAX_TAGS = 20
+UNKNOWN = "Is unknown here."  # the error for a name that a schema does not have
 PRIORITIES = ("none", "low", "medium", "high")
 SORTS = tuple(sign + name for name in ("created_at", "updated_at", "due_at", "priority", "title") for sign in ("", "-"))
-
-# Members that the server sets, with their types in JSON.
-READ_ONLY = {"id": int, "user_id": str, "created_at": str, "updated_at": str, "completed_at": str}
 
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL's text has no NUL and no lone surrogate
 _INSTANT = re.compile(  # fromisoformat accepts more in newer versions of Python, such as 24:00
@@ -55,132 +55,125 @@ def _check_distinct(values: list[str]) -> None:
         raise ValidationError("Must be distinct.")
 
 
-class _Tags(fields.List[str]):
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        if isinstance(value, list) and len(value) > 20:  # before the items, which may be many
-            raise ValidationError("Must have at most 20 tags.")
-        return super()._deserialize(value, *args, **kwargs)
+def _check_tag_count(value: Any) -> Any:
+    """Runs before the tags are checked, which may be many."""
+    if isinstance(value, list) and len(value) > MAX_TAGS:
+        raise ValidationError(f"Must have at most {MAX_TAGS} tags.")
+    return value
 
 
-class _Title(fields.String):
-    def _deserialize(self, *args: Any, **kwargs: Any) -> str:
-        return super()._deserialize(*args, **kwargs).strip()
+def _check_boolean(value: Any) -> bool:
+    """marshmallow accepts "yes", 1 and "on" too."""
+    if not isinstance(value, bool):
+        raise ValidationError("Must be true or false.")
+    return value
 
 
-class _Boolean(fields.Boolean):
-    """JSON's true and false only: marshmallow's own accepts "yes", 1 and "on" too."""
-
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return value
+def _parse_limit(text: str) -> int:
+    if not (re.fullmatch("[1-9][0-9]{0,3}", text) and int(text) <= MAX_TASKS):
+        raise ValidationError(f"Must be a number from 1 to {MAX_TASKS}.")
+    return int(text)
 
 
-class Instant(fields.String):
-    """A time with its offset (RFC 3339 §5.6), loaded in UTC."""
-
-    def _deserialize(self, *args: Any, **kwargs: Any) -> str:
-        text = super()._deserialize(*args, **kwargs)
-        try:
-            if not _INSTANT.fullmatch(text):
-                raise ValueError
-            return datetime.fromisoformat(text.upper()).astimezone(UTC).isoformat()
-        except (ValueError, OverflowError):
-            raise ValidationError("Must be a time with its offset: 2026-12-24T18:00:00Z.") from None
+def _to_utc(text: str) -> str:
+    """Converts a time with its offset (RFC 3339 §5.6)."""
+    try:
+        if not _INSTANT.fullmatch(text):
+            raise ValueError
+        return datetime.fromisoformat(text.upper()).astimezone(UTC).isoformat()
+    except (ValueError, OverflowError):
+        hint = " In a URL, write + as %2B." if _INSTANT.fullmatch(text.replace(" ", "+")) else ""
+        raise ValidationError(f"Must be a time with its offset, as 2026-12-24T18:00:00Z.{hint}") from None
 
 
-class _Limit(fields.Integer):
-    def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> int:
-        if not (re.fullmatch("[1-9][0-9]{0,3}", value) and int(value) <= MAX_TASKS):
-            raise ValidationError(f"Must be a number from 1 to {MAX_TASKS}.")
-        return int(value)
+def _text(max_length: int, *, may_be_blank: bool = False, **options: Any) -> fields.String:
+    check, pattern = (_check_storable, STORABLE) if may_be_blank else (_check_visible, VISIBLE)
+    return fields.String(validate=[check, validate.Length(max=max_length)], metadata={"pattern": pattern}, **options)
 
 
-class TaskSchema(Schema):
-    """The members of a task that a client may write."""
+_time = functools.partial(fields.String, post_load=_to_utc, metadata={"format": "date-time"})
+_flag = functools.partial(
+    fields.Boolean, truthy={"true"}, falsy={"false"}, error_messages={"invalid": "Must be true or false."}
+)
+_priority = functools.partial(fields.String, validate=validate.OneOf(PRIORITIES))
 
+
+class _ReadOnly(fields.Field[Any]):
+    """A member that the server sets. A body may have it, so that a client can send a task back. It is ignored, but must
+    match the URL, if that has it too."""
+
+    def deserialize(self, value: Any, *_: Any, **__: Any) -> Any:
+        url = request.view_args or {} if value is not missing else {}
+        if self.name in url and (type(value), value) != (type(url[self.name]), url[self.name]):
+            raise ValidationError("Must match the URL.")
+        return missing
+
+
+class _Schema(Schema):
     class Meta:
         unknown = RAISE  # marshmallow's default; only if written here, it is in the OpenAPI document
 
-    title = _Title(
-        required=True,
-        validate=[_check_visible, validate.Length(max=500)],
-        metadata={"pattern": VISIBLE, "description": "White space around it is removed first."},
-    )
-    description = fields.String(
-        allow_none=True,
-        load_default=None,
-        validate=[_check_storable, validate.Length(max=MAX_TEXT)],
-        metadata={"pattern": STORABLE},
-    )
-    is_completed = _Boolean(load_default=False)
-    due_at = Instant(allow_none=True, load_default=None)
-    priority = fields.String(load_default="none", validate=validate.OneOf(PRIORITIES))
-    tags = _Tags(
-        fields.String(validate=[_check_visible, validate.Length(max=50)], metadata={"pattern": VISIBLE}),
+    error_messages = {"type": "Must be a JSON object.", "unknown": UNKNOWN}  # noqa: RUF012
+
+
+class TaskSchema(_Schema):
+    """The members of a task."""
+
+    id = _ReadOnly()
+    user_id = _ReadOnly()
+    title = _text(500, required=True, pre_load=lambda value: value.strip() if isinstance(value, str) else value)
+    description = _text(MAX_TEXT, may_be_blank=True, allow_none=True, load_default=None)
+    is_completed = fields.Boolean(load_default=False, pre_load=_check_boolean)
+    created_at = _ReadOnly()
+    updated_at = _ReadOnly()
+    due_at = _time(allow_none=True, load_default=None)
+    priority = _priority(load_default="none")
+    tags = fields.List(
+        _text(50),
         load_default=list,
-        validate=[validate.Length(max=20), _check_distinct],
-        metadata={"default": [], "uniqueItems": True},
+        pre_load=_check_tag_count,
+        validate=_check_distinct,
+        metadata={"default": [], "maxItems": MAX_TAGS, "uniqueItems": True},
     )
+    completed_at = _ReadOnly()
 
 
-_Flag = functools.partial(
-    fields.Boolean, truthy={"true"}, falsy={"false"}, error_messages={"invalid": "Must be true or false."}
-)
-
-
-class FilterSchema(Schema):
+class FilterSchema(_Schema):
     """The parameters that select tasks. A task must match all given parameters."""
 
-    is_completed = _Flag(metadata={"description": "Completed tasks, or open ones."})
-    priority = fields.List(
-        fields.String(validate=validate.OneOf(PRIORITIES)),
-        metadata={"description": "Tasks of any of these priorities."},
-    )
-    tag = fields.List(
-        fields.String(validate=[_check_storable, validate.Length(1, 50)], metadata={"pattern": STORABLE}),
-        metadata={"description": "Tasks with all of these tags."},
-    )
-    due_before = Instant(metadata={"description": "Tasks that are due before this time."})
-    due_after = Instant(metadata={"description": "Tasks that are due after this time."})
-    updated_since = Instant(metadata={"description": "Tasks that were changed at this time or later."})
-    q = fields.String(
-        validate=[_check_visible, validate.Length(max=200)],
-        metadata={
-            "pattern": VISIBLE,
-            "description": "Tasks with every word in title, description or tags. Case and accents are ignored.",
-        },
-    )
+    is_completed = _flag()
+    priority = fields.List(_priority())
+    tag = fields.List(_text(50))
+    due_before = _time()
+    due_after = _time()
+    updated_since = _time()
+    q = _text(200, post_load=make_patterns)
 
 
-class PageSchema(Schema):
+class PageSchema(_Schema):
     """The parameters of a page."""
 
-    limit = _Limit(
-        load_default=MAX_TASKS, metadata={"minimum": 1, "maximum": MAX_TASKS, "description": "Items on a page at most."}
-    )
-    cursor = fields.String(metadata={"description": "Where the page begins. Only as given in `Link`."})
+    limit = fields.Integer(load_default=MAX_TASKS, pre_load=_parse_limit, metadata={"minimum": 1, "maximum": MAX_TASKS})
+    cursor = fields.String()
 
 
 class ListSchema(FilterSchema, PageSchema):
     """The parameters of a list."""
 
-    sort = fields.String(
-        validate=validate.OneOf(SORTS),
-        metadata={"description": "The order: `-` for descending, nulls last. Without it, oldest first."},
-    )
-    count = _Flag(metadata={"description": "Whether to answer `X-Total-Count`."})
+    sort = fields.String(validate=validate.OneOf(SORTS))
+    count = _flag()
 
 
 class DeletionsSchema(PageSchema):
     """The parameters of a list of deletions."""
 
-    since = Instant(required=True, metadata={"description": "Deletions at this time or later."})
+    since = _time(required=True, error_messages={"required": "Is required: the Sync-Time of an earlier answer."})
 
 
 TASK = TaskSchema()
+READ_ONLY = tuple(name for name, field in TASK.fields.items() if isinstance(field, _ReadOnly))
 CHANGES = TaskSchema(partial=True)
-STATE = TaskSchema(only=("is_completed",), partial=True)
+STATE = TaskSchema(only=("is_completed", *READ_ONLY), partial=True)
 FILTER = FilterSchema()
 LIST = ListSchema()
 DELETIONS = DeletionsSchema()

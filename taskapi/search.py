@@ -61,12 +61,8 @@ def make_stream_safe(text: str) -> str:
 
 def add_search_texts(members: dict[str, Any]) -> dict[str, Any]:
     """Adds the search texts of the members that are given."""
-    texts = {
-        "title": members.get("title"),
-        "description": members.get("description"),
-        "tags": " ".join(members.get("tags") or ()),
-    }
-    return members | {f"search_{name}": fold(text or "") for name, text in texts.items() if name in members}
+    texts = {name: members[name] or "" for name in ("title", "description", "tags") if name in members}
+    return members | {f"search_{n}": fold(" ".join(text) if n == "tags" else text) for n, text in texts.items()}
 
 
 def make_patterns(words: str) -> list[str]:

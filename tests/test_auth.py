@@ -40,7 +40,8 @@ def test_every_route_needs_a_valid_token_of_the_user(alice: Person, bob: Person,
     described = f'{challenge}, error="invalid_token", error_description="The token has expired."'
     assert response.headers["WWW-Authenticate"] == described
     response = Person(alice.client, alice.user, bob.token).request(method, path, data=b"{" * 70_000)
-    assert_problem(response, 403, detail="The token's subject does not match the user in the URL.")
+    users = f"The token is for the user '{bob.user}', the URL for '{alice.user}'."
+    assert_problem(response, 403, detail=f"{users} Use your own id in the URL.")
     assert "WWW-Authenticate" not in response.headers
 
 
@@ -56,7 +57,9 @@ def test_credentials_are_one_bearer_token(alice: Person, expected: str, credenti
     if expected == "accepted":
         assert response.status_code == 200
         return
-    assert expected in assert_problem(response, 401)["detail"]
+    detail = assert_problem(response, 401)["detail"]
+    assert expected in detail
+    assert ("Bearer, a space and the token" in detail) == (expected == "required" and credentials != "")
     assert ('error="invalid_token"' in response.headers["WWW-Authenticate"]) == (expected == "malformed")
 
 

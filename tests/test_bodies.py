@@ -35,6 +35,37 @@ def test_invalid_json_is_400(alice: Person, body: bytes) -> None:
     assert alice.list() == [task]
 
 
+def test_an_error_in_json_says_what_to_do(alice: Person) -> None:
+    for body, detail in (
+        (b"{'title': 'a'}", "The body is not valid JSON: use double quotes: line 1, column 2."),
+        (b"'{\"title\": 1}'", "The body is not valid JSON: use double quotes: line 1, column 1."),
+        (b'{"title":\n}', "The body is not valid JSON: Expecting value: line 2, column 1."),
+        (b"", "The body is empty: send JSON."),
+    ):
+        assert_problem(post(alice, body), 400, detail=detail)
+    problem = assert_problem(post(alice, b'{"title": "a"}', "application/x-www-form-urlencoded"), 415)
+    assert "Content-Type: application/json" in problem["detail"]
+
+
+DETAILS: list[tuple[Any, str]] = [
+    ({"title": " "}, "title: must not be blank"),
+    ({"title": "a", "completed": True}, "completed: is unknown here. Did you mean is_completed?"),
+    ({"title": "a", "due_date": None}, "due_date: is unknown here. Did you mean due_at?"),
+    ({"title": "a", "isCompleted": True}, "isCompleted: is unknown here. Did you mean is_completed?"),
+    ({"title": "a", "status": "done"}, "status: is unknown here. Did you mean is_completed?"),
+    ({"title": "a", "xyzzy": 1}, "xyzzy: is unknown here"),
+    ({"title": "a", "due_at": "2026-12-24"}, "due_at: must be a time with its offset, as 2026-12-24T18:00:00Z"),
+    ([{"title": "a"}, {}], "1/title: missing data for required field"),
+    ({"title": "", "tags": [5]}, "title: must not be blank; tags/0: not a valid string"),
+    (5, "body: must be a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("body", "detail"), DETAILS, ids=[detail[:20] for _, detail in DETAILS])
+def test_the_detail_names_what_is_wrong(alice: Person, body: Any, detail: str) -> None:
+    assert_problem(alice.request("POST", json=body), 422, detail=detail)
+
+
 INVALID_TAGS: list[Any] = ["", " ", 5, None, [], "x" * 51, "\0", "\ud800"]
 INVALID_VALUES: dict[str, list[Any]] = {
     "title": [

@@ -85,7 +85,8 @@ def test_a_write_with_another_tag_is_412_and_changes_nothing(alice: Person, tags
     before, tag, of_list = alice.list(), tag_of(alice, path), tag_of(alice)
     sent = {"old": old, "weak": f"W/{tag}", "list": of_list}.get(tags, tags)
     for method, below, body in WRITES:
-        assert_problem(write(alice, method, path + below, body, sent), 412)
+        problem = assert_problem(write(alice, method, path + below, body, sent), 412)
+        assert ("A proxy made it weak" in problem["detail"]) == (tags == "weak")
     assert (alice.list(), tag_of(alice, path), tag_of(alice)) == (before, tag, of_list)
 
 

@@ -24,6 +24,7 @@ from tests.processes import copied, serving
 
 ORIGIN = "https://app.example.com"
 LOCAL = "http://127.0.0.1:5173"
+MOBILE, EXTENSION = "capacitor://localhost", "chrome-extension://mmgkgmbcafbjbpnfbkkcgjjihgmmchgf"
 EXPOSED = {
     *("Location", "ETag", "Link", "Sync-Time", "X-Total-Count", "Retry-After", "WWW-Authenticate"),
     *("RateLimit", "RateLimit-Policy"),
@@ -34,7 +35,7 @@ JSON = "application/json"
 
 @pytest.fixture(scope="module")
 def server(database_url: str) -> Iterator[FlaskClient]:
-    with running_app(database_url, cors_origins=(ORIGIN, LOCAL)) as app:
+    with running_app(database_url, cors_origins=(ORIGIN, LOCAL, MOBILE, EXTENSION)) as app:
         yield app.test_client()
 
 
@@ -49,10 +50,11 @@ def fetch(person: Person, method: str, path: str = "", origin: str = ORIGIN, **k
     return person.request(method, path, headers=headers, **kwargs)
 
 
-def preflight(person: Person, method: str, path: str = "", origin: str = ORIGIN) -> Answer:
+def preflight(
+    person: Person, method: str, path: str = "", origin: str = ORIGIN, asked: str = "authorization,content-type"
+) -> Answer:
     """The request that a browser sends before, without a token."""
-    headers = {"Origin": origin, "Access-Control-Request-Method": method}
-    headers["Access-Control-Request-Headers"] = "authorization,content-type"
+    headers = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": asked}
     return person.open(person.tasks + path, method="OPTIONS", headers=headers)
 
 
@@ -65,7 +67,7 @@ def assert_readable(response: TestResponse, origin: str = ORIGIN) -> None:
     assert response.headers.getlist("Access-Control-Allow-Origin") == [origin]
     assert names(response, "Access-Control-Expose-Headers") >= EXPOSED
     assert response.headers.getlist("Vary") == ["Origin"]
-    assert "Access-Control-Allow-Credentials" not in response.headers  # there is no cookie to send
+    assert response.headers["Access-Control-Allow-Credentials"] == "true"  # some pages ask for it; no cookie is read
 
 
 def assert_nothing_granted(response: TestResponse, *, vary: str | None = "Origin") -> None:
@@ -74,7 +76,8 @@ def assert_nothing_granted(response: TestResponse, *, vary: str | None = "Origin
 
 
 @pytest.mark.parametrize(
-    ("path", "methods"), [("", "GET POST DELETE"), ("/1", "GET PUT DELETE"), ("/1/complete", "PATCH")]
+    ("path", "methods"),
+    [("", "GET POST DELETE"), ("/", "GET POST DELETE"), ("/1", "GET PUT DELETE"), ("/1/complete/", "PATCH")],
 )
 def test_a_preflight_needs_no_token_and_lists_the_methods_of_its_url(ann: Person, path: str, methods: str) -> None:
     for method in (*methods.split(), "BREW"):
@@ -87,7 +90,14 @@ def test_a_preflight_needs_no_token_and_lists_the_methods_of_its_url(ann: Person
         assert response.headers["Vary"] == "Origin"
 
 
-@pytest.mark.parametrize("origin", [ORIGIN, LOCAL])
+def test_a_preflight_grants_the_headers_that_are_requested(ann: Person) -> None:
+    """Such as those that tracing libraries add to every request of a page."""
+    asked = {"baggage", "sentry-trace", "traceparent", "cache-control"}
+    assert names(preflight(ann, "GET", asked=", ".join(asked)), "Access-Control-Allow-Headers") >= ALLOWED | asked
+    assert names(preflight(ann, "GET", asked=""), "Access-Control-Allow-Headers") >= ALLOWED
+
+
+@pytest.mark.parametrize("origin", [ORIGIN, LOCAL, MOBILE, EXTENSION])
 def test_a_page_of_each_configured_origin_reads_its_answers(ann: Person, origin: str) -> None:
     created = fetch(ann, "POST", origin=origin, json={"title": "t"})
     assert_readable(created, origin)
@@ -103,7 +113,7 @@ def test_a_page_of_each_configured_origin_reads_its_answers(ann: Person, origin:
         (400, {"method": "POST", "data": b"{", "content_type": JSON}),
         *((401, {"method": "GET", "headers": {"Authorization": value}}) for value in ("", "Bearer a.b.c")),
         (403, {"method": "GET", "headers": {"Authorization": f"Bearer {mint('ben')}"}}),
-        (404, {"method": "GET", "path": "/1"}),
+        *((404, {"method": "GET", "path": path}) for path in ("/1", "/1/2", "//")),
         (405, {"method": "PATCH"}),
         (413, {"method": "POST", "data": b"x" * 70_000, "content_type": JSON}),
         (415, {"method": "POST", "data": b"x"}),
@@ -151,6 +161,15 @@ def test_another_origin_is_granted_nothing(ann: Person, origin: str) -> None:
         assert_nothing_granted(response)
 
 
+def test_a_refused_origin_is_logged(ann: Person, alice: Person, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "taskapi")
+    for person in (ann, alice):
+        preflight(person, "POST", origin="https://evil.example")
+    preflight(ann, "POST")
+    logged = [vars(record)["origin"] for record in caplog.records if record.message.startswith("origin refused")]
+    assert logged == ["https://evil.example"] * 2
+
+
 def test_without_an_origin_nothing_is_granted(ann: Person, alice: Person) -> None:
     assert_nothing_granted(ann.request("GET"))
     for response in (preflight(alice, "POST"), fetch(alice, "GET"), fetch(alice, "GET", "/1")):
@@ -172,7 +191,8 @@ def test_the_hosts_own_pages_are_left_alone(host: Flask) -> None:
     person = Person(host.test_client(), "ann", prefix="/todo")
     assert_readable(fetch(person, "GET"))
     assert preflight(person, "POST").headers["Access-Control-Allow-Origin"] == ORIGIN
-    for method, path in (("GET", "/"), ("OPTIONS", "/"), ("GET", "/nope"), ("POST", "/")):
+    assert_readable(fetch(person, "GET", "/1/2"))  # 404 of the host, under the prefix
+    for method, path in (("GET", "/"), ("OPTIONS", "/"), ("GET", "/nope"), ("POST", "/"), ("GET", "/todos/nope")):
         headers = {"Origin": ORIGIN, "Access-Control-Request-Method": "GET"}
         assert_nothing_granted(host.test_client().open(path, method=method, headers=headers), vary=None)
 

@@ -105,7 +105,7 @@ def test_database_prepared_as_pasted_has_logins_to_migrate_and_to_serve(new_data
 
 def test_every_route_is_named(app: Flask) -> None:
     for rule in app.url_map.iter_rules():
-        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule)
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule).rstrip("/") or "/"
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
             assert f"`{method} {path}`" in README
 

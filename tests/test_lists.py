@@ -157,6 +157,21 @@ def test_an_invalid_parameter_is_422_and_named(alice: Person, query: str, parame
     assert_refused(alice, query, *parameters)
 
 
+@pytest.mark.parametrize(
+    ("query", "detail"),
+    [
+        *((f"{name}=1", f"{name}: is unknown here. Did you mean q?") for name in ("search", "query")),
+        *((f"{name}=1", f"{name}: is unknown here. Did you mean cursor?") for name in ("page", "skip", "offset")),
+        *((f"{name}=1", f"{name}: is unknown here. Did you mean is_completed?") for name in ("completed", "status")),
+        ("limit=0&Sort=title", "limit: must be a number from 1 to 1000; Sort: is unknown here. Did you mean sort?"),
+        ("updated_since=2026-12-24T18:00:00+01:00", "In a URL, write + as %2B"),
+        ("due_date=5", "due_date: is unknown here. Did you mean due_"),
+    ],
+)
+def test_the_detail_names_the_parameter_that_may_be_meant(alice: Person, query: str, detail: str) -> None:
+    assert detail in assert_problem(alice.request("GET", query_string=query), 422)["detail"]
+
+
 def test_an_answer_lists_at_most_20_invalid_parameters(alice: Person) -> None:
     response = alice.request("GET", query_string="&".join(f"x{n}=1" for n in range(900)))
     assert len(assert_problem(response, 422)["errors"]) == 20

@@ -98,7 +98,7 @@ def test_document_and_its_examples_are_valid_and_served(document: Document, clie
 def test_operations_are_the_routes(app: Flask, operations: Operations) -> None:
     """Except HEAD and OPTIONS, the document itself and the pages."""
     routes = {
-        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method)
+        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule).rstrip("/"), method)
         for rule in app.url_map.iter_rules()
         if rule.endpoint.startswith("taskapi.") or rule.endpoint in ("taskapi_livez", "taskapi_readyz")
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
@@ -113,11 +113,15 @@ def test_schemas_have_the_members_and_defaults_of_a_new_task(document: Document,
     assert [*created] == task["required"] == [*task["properties"]] == [*task["examples"][0]]
     read_only = {name for name, schema in task["properties"].items() if schema.get("readOnly")}
     assert read_only == set(schemas.READ_ONLY)
-    assert set(task["properties"]) - read_only == set(schemas.TASK.fields)
+    assert [*task["properties"]] == [*schemas.TASK.fields]
     new = found["NewTask"]["properties"]
-    defaults = {name: schema["default"] for name, schema in new.items() if "default" in schema}
-    assert defaults == {name: created[name] for name in schemas.TASK.fields if name != "title"}
-    assert "default" not in json.dumps([found[name]["properties"] for name in ("TaskChanges", "TaskState")])
+    defaults = {name: re.fullmatch("Default: `(.+)`.", new[name].get("description", "")) for name in new}
+    found_defaults = {name: json.loads(default[1]) for name, default in defaults.items() if default}
+    assert found_defaults == {name: created[name] for name in new if name not in (*read_only, "title")}
+    bodies = [found[name]["properties"] for name in ("NewTask", "TaskChanges", "TaskState", "Task")]
+    assert [{*body} for body in bodies] == [{*new}, {*new}, {*read_only, "is_completed"}, {*new}]
+    assert not [member for body in bodies for member in body.values() if "default" in member]
+    assert all("type" in body[name] for body in bodies for name in read_only)
 
 
 def test_every_parameter_has_a_description(document: Document, operations: Operations) -> None:
@@ -126,8 +130,8 @@ def test_every_parameter_has_a_description(document: Document, operations: Opera
     parameters += document["components"]["parameters"].values()
     assert [part["name"] for part in parameters if not part.get("description")] == []
     query = {part["name"]: part for part in parameters if part["in"] == "query"}
-    assert set(query) == set(schemas.LIST.fields)
-    repeatable = {name for name, part in query.items() if part["schema"]["type"] == "array"}
+    assert set(query) == {*schemas.LIST.fields, *schemas.DELETIONS.fields}
+    repeatable = {name for name, part in query.items() if part["schema"].get("type") == "array"}
     assert repeatable == {"priority", "tag"}
     assert all((query[name]["style"], query[name]["explode"]) == ("form", True) for name in repeatable)
 

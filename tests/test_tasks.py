@@ -123,9 +123,17 @@ def test_a_task_can_be_sent_back_to_its_own_url_only(alice: Person, member: str,
     assert alice.list() == [task]
 
 
+def test_complete_with_an_empty_object_toggles(alice: Person) -> None:
+    path = f"/{alice.create()['id']}/complete"
+    sent = [{"data": b"{}", "content_type": "application/json"}, {"data": b"", "content_type": "application/json"}, {}]
+    for number, body in enumerate(sent):
+        response = alice.request("PATCH", path, **body)
+        assert (response.status_code, response.json["is_completed"]) == (200, number % 2 == 0)
+
+
 def test_complete_with_an_invalid_body_is_422(alice: Person) -> None:
     task = alice.create()
-    bodies: list[Any] = [{}, {"is_completed": None}, {"is_completed": 1}, {"title": "t"}, []]
+    bodies: list[Any] = [{"is_completed": None}, {"is_completed": 1}, {"title": "t"}, []]
     for body in bodies:
         assert_problem(alice.request("PATCH", f"/{task['id']}/complete", json=body), 422)
     assert alice.list() == [task]
@@ -203,9 +211,29 @@ def test_concurrent_first_tasks_create_one_owner(alice: Person, app: Flask, conn
     assert conn.execute("SELECT count(*) FROM taskapi.users WHERE id = %s", [alice.user]).fetchone() == (1,)
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/api", "/api/x", "/api/x/tasks/1/2", "/api/x/tasks/", "/api//tasks"])
+@pytest.mark.parametrize("path", ["/", "/nope", "/api", "/api/x", "/api/x/tasks/1/2", "/api/x/tasks//", "/api//tasks"])
 def test_an_unknown_path_is_404(client: FlaskClient, path: str) -> None:
-    assert_problem(client.get(path), 404, detail="No such path.")
+    detail = "No such path. The tasks of a user are at /api/{user_id}/tasks."
+    assert_problem(client.get(path), 404, detail=detail)
+
+
+def test_a_final_slash_makes_no_difference(alice: Person) -> None:
+    created = alice.request("POST", "/", json={"title": "t"})
+    assert created.headers["Location"] == f"{alice.tasks}/{created.json['id']}"
+    path = f"/{created.json['id']}/"
+    assert alice.request("GET", path).json == created.json
+    assert alice.request("PUT", path, json={"title": "u"}).json["title"] == "u"
+    assert alice.request("PATCH", f"{path}complete/").json["is_completed"] is True
+    alice.create()
+    for below, method in (("/", "GET"), ("/", "POST"), (path, "GET"), (f"{path}complete/", "PATCH")):
+        assert method in alice.request("OPTIONS", below, headers={"Authorization": ""}).headers["Allow"]
+        assert_problem(alice.request(method, below, headers={"Authorization": ""}), 401)
+    assert_problem(alice.request("PATCH", "/"), 405)
+    link = alice.request("GET", "/", query_string="limit=1").headers["Link"]
+    assert link.startswith(f"<{alice.tasks}?limit=1&cursor=")
+    assert alice.open(f"{alice.tasks.removesuffix('tasks')}deletions/?since=2000-01-01T00:00:00Z").json == []
+    assert alice.request("DELETE", path).status_code == 200
+    assert len(alice.request("DELETE", "/", query_string="is_completed=false").json) == 1
 
 
 def test_a_defect_is_logged_in_full_and_answered_with_its_id(
