@@ -5,6 +5,7 @@
 -- Parameters: user_id
 SELECT set_config('role', 'taskapi_user', true),
        set_config('taskapi.user_id', %(user_id)s, true),
+       set_config('row_security', 'on', true),
        set_config('timezone', 'UTC', true),
        set_config('datestyle', 'ISO', true),
        set_config('statement_timeout', '3s', true),

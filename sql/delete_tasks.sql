@@ -14,7 +14,7 @@ WITH person AS (
 ), found AS (
     SELECT t.id, row_number() OVER page AS number, sum(t.json_bytes) OVER page - t.json_bytes AS bytes_before
     FROM taskapi.tasks AS t
-    WHERE t.user_id = %(user_id)s AND EXISTS (SELECT FROM person) /* include filters */
+    WHERE t.user_id = %(user_id)s AND EXISTS (SELECT 1 FROM person) /* include filters */
     WINDOW page AS (ORDER BY t.created_at, t.id ROWS UNBOUNDED PRECEDING)
     ORDER BY t.created_at, t.id
     LIMIT %(limit)s + 1
@@ -25,13 +25,17 @@ WITH person AS (
     RETURNING t.*
 ), recorded AS (
     INSERT INTO taskapi.deletions (user_id, deleted_at, id)
-    SELECT %(user_id)s, change.now, deleted.id FROM deleted CROSS JOIN change
+    SELECT u.id, change.now, deleted.id
+    FROM taskapi.users AS u
+    CROSS JOIN change
+    CROSS JOIN deleted
+    WHERE u.id = %(user_id)s
 ), advanced AS (
     UPDATE taskapi.users AS u
     SET clock = change.clock, nonce = %(nonce)s, task_count = u.task_count - (SELECT count(*) FROM deleted),
         expires = least(u.expires, change.clock + 30 * 24 * 3600000000)
     FROM change
-    WHERE u.id = %(user_id)s AND EXISTS (SELECT FROM deleted)
+    WHERE u.id = %(user_id)s AND EXISTS (SELECT 1 FROM deleted)
     RETURNING /* include list_tag */ AS tag
 )
 SELECT coalesce(json_agg(task.json ORDER BY task.created_at, task.id), '[]'),
@@ -43,5 +47,5 @@ FROM (
     SELECT (SELECT row_to_json(m) FROM (SELECT /* include members */) AS m) AS json, t.id, t.created_at
     FROM deleted AS t
 ) AS task
-HAVING %(if_match)s::text[] IS NULL OR EXISTS (SELECT FROM change)
-    OR '"0"' = ANY (%(if_match)s) AND NOT EXISTS (SELECT FROM taskapi.users AS u WHERE u.id = %(user_id)s)
+HAVING %(if_match)s::text[] IS NULL OR EXISTS (SELECT 1 FROM change)
+    OR '"0"' = ANY (%(if_match)s) AND NOT EXISTS (SELECT 1 FROM taskapi.users AS u WHERE u.id = %(user_id)s)

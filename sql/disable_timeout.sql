@@ -1,3 +1,3 @@
--- Runs after begin_as_user.sql in commands that may take longer than a request.
+-- Runs after begin_as_user.sql in commands that may take longer than a request. Citus passes it on to its nodes.
 -- Parameters: none
-SELECT set_config('statement_timeout', '0', true)
+SET LOCAL statement_timeout = 0

@@ -11,11 +11,11 @@ to_char(t.completed_at::timestamp, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS completed
 
 -- name: tag
 -- The tag of a task `t`: no two of its states share one.
-'"' || (extract(epoch FROM t.updated_at) * 1000000)::bigint || '-' || t.nonce || '"'
+'"' || (extract(epoch FROM t.updated_at) * 1000000)::bigint::text || '-' || t.nonce::text || '"'
 
 -- name: list_tag
 -- The tag of the list of a user `u`.
-'"' || u.clock || '-' || u.nonce || '"'
+'"' || u.clock::text || '-' || u.nonce::text || '"'
 
 -- name: change
 -- The time of a change by a `person` whose row is locked: later than any change before, even if the server's clock is set back;

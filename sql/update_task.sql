@@ -3,7 +3,12 @@
 -- The user's row is locked first, as by every change: two changes could deadlock otherwise. The time is taken after that.
 -- Parameters: user_id, id, changes, if_match, nonce
 WITH person AS (
-    SELECT u.clock, u.expires FROM taskapi.users AS u WHERE u.id = %(user_id)s FOR NO KEY UPDATE
+    SELECT u.clock, u.expires
+    FROM taskapi.users AS u
+    JOIN taskapi.tasks AS t ON t.user_id = u.id
+    WHERE u.id = %(user_id)s AND t.user_id = %(user_id)s AND t.id = %(id)s
+      AND (%(if_match)s::text[] IS NULL OR /* include tag */ = ANY (%(if_match)s))
+    FOR NO KEY UPDATE
 ), change AS (
     SELECT /* include change */
     FROM person
@@ -25,13 +30,12 @@ WITH person AS (
         nonce = %(nonce)s
     FROM change
     WHERE t.user_id = %(user_id)s AND t.id = %(id)s
-      AND (%(if_match)s::text[] IS NULL OR /* include tag */ = ANY (%(if_match)s))
     RETURNING t.*
 ), advanced AS (
     UPDATE taskapi.users AS u
     SET clock = change.clock, nonce = %(nonce)s
     FROM change
-    WHERE u.id = %(user_id)s AND EXISTS (SELECT FROM changed)
+    WHERE u.id = %(user_id)s
 )
 SELECT (SELECT row_to_json(m) FROM (SELECT /* include members */) AS m), /* include tag */,
        (SELECT change.has_expired FROM change)

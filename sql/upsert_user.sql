@@ -3,16 +3,18 @@
 -- transaction ends.
 -- Parameters: user_id, email, name, count, max_tasks, nonce, key
 INSERT INTO taskapi.users AS u (id, email, name, clock, nonce, task_count, expires)
-SELECT %(user_id)s, %(email)s::text, %(name)s::text, n.now, %(nonce)s::integer, %(count)s::integer,
-       CASE WHEN %(key)s::text IS NOT NULL THEN n.now + 24 * 3600000000 ELSE 9223372036854775807 END
-FROM (SELECT (extract(epoch FROM clock_timestamp()) * 1000000)::bigint AS now) AS n
-WHERE %(count)s::integer <= %(max_tasks)s::integer
+VALUES (
+    %(user_id)s, %(email)s::text, %(name)s::text, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, %(nonce)s::integer,
+    %(count)s::integer,
+    CASE WHEN %(key)s::text IS NOT NULL
+         THEN (extract(epoch FROM clock_timestamp() + interval '24 hours') * 1000000)::bigint ELSE 9223372036854775807 END
+)
 ON CONFLICT (id) DO UPDATE
-SET clock = greatest(u.clock + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint),
+SET clock = greatest(u.clock + 1, excluded.clock),
     nonce = excluded.nonce,
     task_count = u.task_count + excluded.task_count,
     expires = least(u.expires, excluded.expires),
     email = coalesce(excluded.email, u.email),
     name = coalesce(excluded.name, u.name),
-    updated_at = now()
+    updated_at = excluded.updated_at
 WHERE u.task_count + excluded.task_count <= %(max_tasks)s::integer

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -13,16 +14,20 @@ import psycopg
 from flask.cli import AppGroup
 from psycopg.rows import TupleRow, tuple_row
 
-from . import keys, logs, migrations, tokens
+from . import checks, keys, logs, migrations, tokens
 from .config import ConfigError, Settings
 from .context import get_api
 from .db import first_line
-from .migrations import SchemaOutdated
 from .statements import load_sql
 
 BATCH = 200  # rows that an export holds in memory: 8 MB if every task has the maximum length
 COMMAND = "flask --app wsgi taskapi"
 NOT_CHECKED = "not checked because of the problem above"
+CHECKS: dict[str, Callable[[psycopg.Connection[Any]], object]] = {
+    "schema": checks.check_schema,
+    "row-level security": checks.check_isolation,
+    "requests": checks.check_requests,
+}
 
 
 class Commands(AppGroup):
@@ -99,8 +104,9 @@ def token(user: str, email: str | None, expires: timedelta) -> None:
 def check(as_json: bool) -> None:
     """Report whether requests can be served, or what to do.
 
-    A line each for the configuration, the database, its schema, row-level security and the keys. Changes nothing and
-    shows no secret. If a setting is invalid, this and every other command prints one line on stderr and stops.
+    A line each for the configuration, the database, its schema, row-level security, what requests do, and the keys.
+    Changes nothing and shows no secret. If a setting is invalid, this and every other command prints one line on
+    stderr and stops.
     """
     found = {"configuration": None, **_check_database(), "keys": _check_keys(get_api().settings)}
     for name, detail in found.items():
@@ -182,14 +188,18 @@ def _describe(error: psycopg.Error) -> str:
 
 
 def _check_database() -> dict[str, str | None]:
+    """The problem of each check. After a problem, the rest is not checked."""
+    name = "database"
+    problems: dict[str, str | None] = dict.fromkeys([name, *CHECKS], NOT_CHECKED)
     try:
-        with get_api().database.transaction_as("") as cursor:
-            remedies = [line for (line,) in cursor.execute(load_sql("find_isolation_gaps"))]
-    except SchemaOutdated as error:
-        return {"database": None, "schema": str(error), "row-level security": NOT_CHECKED}
+        with get_api().database.connect() as conn:
+            problems["database"] = None
+            for name, check in CHECKS.items():
+                check(conn)
+                problems[name] = None
     except psycopg.Error as error:
-        return {"database": _describe(error), "schema": NOT_CHECKED, "row-level security": NOT_CHECKED}
-    return {"database": None, "schema": None, "row-level security": "; ".join(remedies) or None}
+        problems[name] = _describe(error)
+    return problems
 
 
 def _check_keys(settings: Settings) -> str | None:

@@ -14,14 +14,15 @@ from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow, tuple_row
 
+from .checks import MIGRATE, NotReady, check_schema, list_node_users
 from .config import ConfigError
-from .migrations import SchemaOutdated, check_schema
 from .pipeline import ConnectionLost, run_batch
 from .pool import CONNECTION, is_dead, make_pool
-from .statements import build_batch, load_sql
+from .statements import begin_as_user, build_batch, load_sql
 
 log = logging.getLogger(__name__)
 
+FIRST_PAGE = {"limit": 1, "after": None, "after_id": None}  # of list_tasks.sql
 Row = tuple[bytes, ...]  # the columns in PostgreSQL's text format
 POOL_TIMEOUT = 2  # seconds that a request waits for a connection
 TEST_TIMEOUT = 0.5  # seconds to get another connection after one did not answer; otherwise the database is down
@@ -37,6 +38,7 @@ CONFLICT = "Another change was made at the same time. Nothing was changed: retry
 # The SQLSTATEs, or their classes (the first two characters), that are answered with 503, and the detail for the client.
 # Every other error of PostgreSQL is a bug of the server and is answered with 500.
 UNAVAILABLE_DETAILS = {
+    "08": UNREACHABLE,  # a node of Citus; nothing was changed, as the commit was not tried: see pipeline.py
     "23505": CONFLICT,  # the sequence of ids is behind the rows, as after a failover to a logical replica
     "22023": NOT_READY,  # the role taskapi_user does not exist
     "25006": "The database accepts no changes now.",  # a standby
@@ -82,6 +84,9 @@ class Database:
         self._pool = pool or make_pool(self._connection_args)
         self.max_connections = self._pool.max_size
         self._schema_is_current = False
+        self._is_distributed = False  # by Citus
+        self._problem: str | None = None  # what find_problem has found, until it expires
+        self._problem_expires = -math.inf
         self.is_down = False  # whether the last request that waited for a connection got none
         self._next_retry = 0.0  # by time.monotonic()
         if self._owns_pool:
@@ -113,34 +118,39 @@ class Database:
 
     def _translate(self, error: psycopg.Error, statement: str, is_read: bool) -> Exception:
         """The exception that `run` raises for an error of psycopg."""
-        if isinstance(error, errors.UniqueViolation) and error.diag.constraint_name == "idempotency_keys_pkey":
+        violated = error.diag.constraint_name or error.diag.message_primary or ""  # Citus has it in the message only
+        if isinstance(error, errors.UniqueViolation) and "idempotency_keys_pkey" in violated:
             return DuplicateKey()
         state = error.sqlstate or ""
         detail = UNAVAILABLE_DETAILS.get(state) or UNAVAILABLE_DETAILS.get(state[:2])
+        if state == "XX000" and self._is_distributed:  # Citus has lost a node
+            detail = UNREACHABLE
         if isinstance(error, ConnectionLost):
             detail = UNREACHABLE if is_read else OUTCOME_UNKNOWN
-        elif isinstance(error, SchemaOutdated):
+        elif isinstance(error, NotReady):
             detail = NOT_READY
         elif isinstance(error, psycopg.OperationalError) and not state:  # the pool has no connection
             detail = UNREACHABLE
         elif detail is None:
             is_about_a_value = state.startswith("22")  # its message quotes the value
             return UnexpectedDatabaseError(f"{state} {'about a value' if is_about_a_value else first_line(error)}")
+        reason = first_line(error)
         if detail is NOT_READY:
             self._schema_is_current = False
-        return DatabaseUnavailable(detail, first_line(error), statement)
+            reason += "" if isinstance(error, NotReady) else f": {MIGRATE}"
+        return DatabaseUnavailable(detail, reason, statement)
 
     def _run_once(self, name: str, params: dict[str, Any], deadline: float) -> Row | None:
         conn = self._acquire(deadline)
         started = time.monotonic()
         try:
             if not self._schema_is_current:
-                check_schema(conn, min(started + STATEMENT_DEADLINE, deadline) - started)
+                self._is_distributed = check_schema(conn, min(started + STATEMENT_DEADLINE, deadline) - started)
                 self._schema_is_current = True
             batch, is_common = build_batch(name, params)
-            statements = [load_sql("begin_as_user"), *batch]
+            statements = [*begin_as_user(self._is_distributed), *batch]
             if conn.pgconn.parameter_status(b"client_encoding") != b"UTF8":
-                statements.insert(0, load_sql("use_utf8"))
+                statements.insert(-1 - len(batch), load_sql("use_utf8"))
             seconds = min(started + STATEMENT_DEADLINE, deadline) - time.monotonic()
             if seconds <= 0:  # nothing is sent: the outcome of a change would be unknown
                 raise psycopg.OperationalError("no time is left for the statement")
@@ -200,22 +210,39 @@ class Database:
     def transaction_as(self, user_id: str, *, commit: bool = False) -> Iterator[psycopg.Cursor[TupleRow]]:
         """A transaction as that user, for use outside a request. It ends with a rollback, unless `commit` is true."""
         with self.connect() as conn:
-            check_schema(conn)
+            begin = begin_as_user(check_schema(conn))[-1]
             cursor: psycopg.Cursor[TupleRow] = psycopg.Cursor(conn, row_factory=tuple_row)  # not the pool's defaults
             with conn.transaction(force_rollback=not commit), cursor:
-                yield cursor.execute(load_sql("begin_as_user"), {"user_id": user_id})
+                yield cursor.execute(begin, {"user_id": user_id})
 
     def find_problem(self) -> str | None:
-        """The reason why requests cannot be served now, or None. Uses the pool, as requests do."""
+        """The reason why reads cannot be served now, or None. Reads as a request does; with Citus, one node is enough.
+        The result is kept for 1 s."""
+        if (now := time.monotonic()) > self._problem_expires:
+            deadline = now + POOL_TIMEOUT + STATEMENT_DEADLINE
+            self._problem = self._find_read_problem("", deadline)
+            if self._problem and self._is_distributed and self._some_node_answers(deadline):
+                self._problem = None
+            self._problem_expires = time.monotonic() + 1
+        return self._problem
+
+    def _find_read_problem(self, user_id: str, deadline: float) -> str | None:
         try:
-            conn = self._acquire()
+            self.run("list_tasks", {**FIRST_PAGE, "user_id": user_id}, deadline)
+        except (DatabaseUnavailable, UnexpectedDatabaseError) as error:
+            return str(error)
+        return None
+
+    def _some_node_answers(self, deadline: float) -> bool:
+        try:
+            conn = self._acquire(deadline)
             try:
-                check_schema(conn)
+                users = list_node_users(conn, "ready ")
             finally:
                 self._pool.putconn(conn)
-        except psycopg.Error as error:
-            return first_line(error)
-        return None
+        except psycopg.Error:
+            return False
+        return not all(self._find_read_problem(user, deadline) for user in users)
 
     def log_problems(self) -> None:
         """Logs the reason if the database cannot be used."""

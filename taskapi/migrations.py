@@ -1,65 +1,97 @@
-"""The schema: checks which migrations a database has, and applies the missing ones."""
+"""Brings the schema up to date, with the role, the grants and the policies that a dump does not have."""
 
-import functools
+import contextlib
+import re
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import errors
-from psycopg.rows import tuple_row
+from psycopg.rows import TupleRow, tuple_row
 
-from .pipeline import run_batch
+from .checks import NotReady, find_access_gaps, load_migrations, needs_superuser
 from .search import fold, make_stream_safe
-from .statements import SQL_DIR, load_sql
+from .statements import load_sql
 
 if TYPE_CHECKING:
     from .db import Database
 
-CHECK_TIMEOUT = 4  # seconds
 
-
-class SchemaOutdated(psycopg.Error):
-    """The database lacks a migration or a grant that this version needs. The text says what to do."""
-
-
-@functools.cache
-def load_migrations() -> dict[str, bytes]:
-    """Each migration's name and text, in the order in which they are applied."""
-    return {path.stem: path.read_bytes() for path in sorted((SQL_DIR / "migrations").glob("*.sql"))}
-
-
-def check_schema(conn: psycopg.Connection[Any], timeout: float = CHECK_TIMEOUT) -> None:
-    """Raises SchemaOutdated unless all migrations are applied. There may be more, from a newer version."""
-    statements = [load_sql("begin_as_user"), load_sql("list_migrations")]
-    try:
-        result = run_batch(conn, statements, {"user_id": ""}, timeout)
-        applied = {(result.get_value(row, 0) or b"").decode() for row in range(result.ntuples)}
-    except (errors.UndefinedTable, errors.InvalidSchemaName, errors.InvalidParameterValue):  # the role is missing
-        applied = set()
-    except errors.InsufficientPrivilege:
-        raise SchemaOutdated(
-            f"the login {conn.info.user!r} may not act as taskapi_user, the role that row-level security applies to: "
-            f'a superuser, or a role with the ADMIN option on it, must run `GRANT taskapi_user TO "{conn.info.user}"`'
-        ) from None
-    if missing := load_migrations().keys() - applied:
-        raise SchemaOutdated(f"the schema lacks {', '.join(sorted(missing))}: run `flask --app wsgi taskapi migrate`")
+# A statement with its semicolon. Comments and quoted text may have others. Citus accepts one statement at a time.
+_STATEMENT = re.compile(rb"(?:--[^\n]*|'[^']*'|(\$\w*\$).*?\1|[^;'$-]|[-$])+;?", re.DOTALL)
 
 
 def migrate(database: "Database") -> list[str]:
-    """Applies the missing migrations, all or none, and returns their names. A lock lets one process migrate at a
-    time. Raises psycopg.Error."""
-    with database.connect() as conn, conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
-        for name in ("lock_migrations", "create_schema", "create_migrations"):
-            cursor.execute(load_sql(name))
-        if (encoding := conn.info.parameter_status("server_encoding")) != "UTF8":
-            raise SchemaOutdated(f"the database has the encoding {encoding}: create the database with ENCODING 'UTF8'")
-        applied = {name for (name,) in cursor.execute(load_sql("list_migrations"))}
-        missing = sorted(load_migrations().keys() - applied)
-        for name in missing:
-            if name == "0008_isolation_of_search":
-                _fill_search_texts(cursor)
-            cursor.execute(load_migrations()[name])
-            cursor.execute(load_sql("record_migration"), {"name": name})
+    """Applies the missing migrations, and repairs the role, its grants and row-level security; all or nothing. Returns
+    the names of the migrations. A lock lets one process migrate at a time. Raises psycopg.Error.
+
+    With Citus, distributes the tables afterwards, in a transaction of its own: its nodes do not see one that is open.
+    """
+    with database.connect() as conn:
+        [(is_citus,)] = conn.execute(load_sql("is_citus"))
+        with _locked(conn) as cursor:
+            names = _apply_migrations(cursor, is_citus)
+            if not is_citus:
+                _repair_access(cursor)
+        if is_citus:
+            with _locked(conn) as cursor:
+                cursor.execute(load_sql("set_ddl_propagation"), {"propagation": "on"})
+                _distribute_tables(cursor)
+                cursor.execute(load_sql("create_act_as"))
+                _repair_access(cursor)
+    return names
+
+
+@contextlib.contextmanager
+def _locked(conn: psycopg.Connection[Any]) -> Iterator[psycopg.Cursor[TupleRow]]:
+    with conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+        cursor.execute(load_sql("lock_migrations"))
+        yield cursor
+
+
+def _apply_migrations(cursor: psycopg.Cursor[Any], is_citus: bool) -> list[str]:
+    for name in ("create_schema", "create_migrations"):
+        cursor.execute(load_sql(name))
+    if (encoding := cursor.connection.info.parameter_status("server_encoding")) != "UTF8":
+        raise NotReady(f"the database has the encoding {encoding}: create the database with ENCODING 'UTF8'")
+    _close_access_gaps(cursor, of_role=True)  # the migrations need the role
+    rows = cursor.execute(load_sql("list_migrations")).fetchall()
+    is_distributed = any(is_distributed for _, is_distributed in rows)
+    if is_citus:
+        cursor.execute(load_sql("set_ddl_propagation"), {"propagation": "on" if is_distributed else "off"})
+    missing = sorted(load_migrations().keys() - {name for name, _ in rows})
+    for name in missing:
+        if name == "0008_isolation_of_search":
+            _fill_search_texts(cursor)
+        for statement in _STATEMENT.finditer(load_migrations()[name].rstrip()):
+            cursor.execute(statement[0])
+            if is_distributed:
+                _distribute_tables(cursor)
+        cursor.execute(load_sql("record_migration"), {"name": name})
     return missing
+
+
+def _repair_access(cursor: psycopg.Cursor[Any]) -> None:
+    cursor.execute(load_sql("grant_access"))
+    _close_access_gaps(cursor)
+
+
+def _distribute_tables(cursor: psycopg.Cursor[Any]) -> None:
+    for commands in cursor.execute(load_sql("list_undistributed_tables")).fetchall():
+        for command in commands:
+            cursor.execute(command)
+
+
+def _close_access_gaps(cursor: psycopg.Cursor[Any], *, of_role: bool = False) -> None:
+    commands = find_access_gaps(cursor.connection, of_role=of_role)
+    for command in commands:
+        try:
+            with cursor.connection.transaction():
+                cursor.execute(command.encode())
+        except (errors.DuplicateObject, errors.UniqueViolation):
+            pass  # roles belong to the server: another of its databases was migrated at this moment
+        except errors.InsufficientPrivilege as error:
+            raise NotReady(f"{error.diag.message_primary}: {needs_superuser(commands)}") from None
 
 
 def _fill_search_texts(cursor: psycopg.Cursor[Any]) -> None:

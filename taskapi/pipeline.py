@@ -20,6 +20,7 @@ _prepared: WeakKeyDictionary[psycopg.Connection[Any], set[bytes]] = WeakKeyDicti
 # Connections through a pooler that mixes prepared statements. Their prepare_threshold may be an embedding app's.
 _pooled: WeakSet[psycopg.Connection[Any]] = WeakSet()
 
+BEGIN = b"BEGIN"
 MAX_PREPARED = 100  # of a connection: each takes some 50 KB of PostgreSQL's memory
 
 
@@ -54,23 +55,24 @@ def run_batch(
     seconds: float,
     is_common: bool = True,
 ) -> pq.abc.PGresult:
-    """Runs the statements as one transaction, commits it, and returns the result of the last statement. Statements are
-    prepared; the last one, unless it `is_common`, only while the connection has fewer than MAX_PREPARED.
+    """Runs the statements as one transaction, commits it, and returns the result of the last statement. The transaction
+    is implicit, unless the first statement is BEGIN. Statements are prepared; the last one, unless it `is_common`, only
+    while the connection has fewer than MAX_PREPARED.
 
-    Raises psycopg.Error if PostgreSQL refused a statement: nothing was changed. Raises ConnectionLost, and closes the
-    connection, after `seconds` or if the connection breaks: the outcome is unknown.
+    Raises psycopg.Error if PostgreSQL refused a statement: nothing was changed. Raises ConnectionLost after `seconds`,
+    or if the connection, or during COMMIT one of Citus to a node, breaks: the outcome is unknown.
     """
     try:
         sent = _send(conn, statements, params, is_common)
-        results = _receive(conn.pgconn, time.monotonic() + seconds)
+        results = _receive(conn.pgconn, time.monotonic() + seconds, 2 if statements[0] == BEGIN else 1)
         conn.pgconn.exit_pipeline_mode()
     except BaseException as error:
         conn.close()  # otherwise the next request on the connection would read these results
         if isinstance(error, psycopg.OperationalError):
             raise ConnectionLost(str(error)) from None
         raise
-    failed = (result for result in results if result.status == pq.ExecStatus.FATAL_ERROR)
-    refusal = next(map(errors.error_from_result, failed), None)
+    failed = [number for number, result in enumerate(results) if result.status == pq.ExecStatus.FATAL_ERROR]
+    refusal = errors.error_from_result(results[failed[0]]) if failed else None
     if isinstance(refusal, errors.InvalidSqlStatementName):
         _prepared[conn].clear()  # DISCARD ALL, or a ROLLBACK of an embedding app: psycopg then deallocates all
     for name, result in zip(sent, results, strict=False):  # there is one more result if the commit itself fails
@@ -78,6 +80,8 @@ def run_batch(
             _prepared[conn].add(name)
     if refusal is None:
         return results[len(sent) - 1]
+    if failed == [len(sent)] and (refusal.sqlstate or "").startswith(("08", "XX")):  # COMMIT, to a node of Citus
+        raise ConnectionLost(str(refusal))
     if isinstance(refusal, errors.DuplicatePreparedStatement):
         _pooled.add(conn)
     elif not isinstance(refusal, errors.InvalidSqlStatementName):
@@ -105,6 +109,9 @@ def _send(
             pgconn.send_query_prepared(name, values)
         sent.append(None)
     pgconn.pipeline_sync()
+    if statements[0] == BEGIN:
+        pgconn.send_query_params(b"COMMIT", None)  # after a failure too, which then is a rollback
+        pgconn.pipeline_sync()
     return sent
 
 
@@ -120,8 +127,9 @@ def _encode(value: Any) -> bytes | None:
     return encoded
 
 
-def _receive(pgconn: pq.abc.PGconn, deadline: float) -> list[pq.abc.PGresult]:
-    """The results of the commands, in order. Raises OperationalError if the connection ends, or at the deadline."""
+def _receive(pgconn: pq.abc.PGconn, deadline: float, syncs: int) -> list[pq.abc.PGresult]:
+    """The results of the commands up to the last sync, in order. Raises OperationalError if the connection ends, or at
+    the deadline."""
     poll = select.poll()
     results: list[pq.abc.PGresult] = []
     unsent = pgconn.flush()
@@ -136,6 +144,8 @@ def _receive(pgconn: pq.abc.PGconn, deadline: float) -> list[pq.abc.PGresult]:
             if pgconn.status != pq.ConnStatus.OK:
                 raise psycopg.OperationalError(pgconn.get_error_message())
         elif result.status == pq.ExecStatus.PIPELINE_SYNC:
-            return results
+            syncs -= 1
+            if not syncs:
+                return results
         else:
             results.append(result)

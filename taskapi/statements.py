@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .pipeline import BEGIN
 from .schemas import FILTER
 
 SQL_DIR = Path(__file__).with_name("sql")  # inside the installed package
@@ -52,6 +53,11 @@ def load_sql(
         "count": fragments["count"] if "count" in options else "NULL",
     }
     return _include((SQL_DIR / f"{name}.sql").read_text(), parts).encode()
+
+
+def begin_as_user(is_distributed: bool) -> list[bytes]:
+    """The statements that start a transaction as the user `user_id`. After BEGIN, it ends with COMMIT (pipeline.py)."""
+    return [BEGIN, load_sql("begin_as_user_on_citus")] if is_distributed else [load_sql("begin_as_user")]
 
 
 @functools.cache

@@ -99,9 +99,12 @@ def create_task(user_id: str) -> Response:
     repeat = idempotency.read_key([tasks, is_array])
     user, max_tasks = _user(), get_api().settings.max_tasks
     values = {"tasks": json.dumps([*map(add_search_texts, tasks)]), "count": len(tasks), "max_tasks": max_tasks}
+    too_many = [("#", f"A user has at most {max_tasks:,} tasks: delete some first.")]
     for _ in range(3):
         if repeat["key"] and (response := _repeat(repeat, is_array)):
             return response
+        if len(tasks) > max_tasks:
+            parsing.refuse("pointer", too_many)
         with contextlib.suppress(DuplicateKey):  # a request with this key was faster, or an expired one is not cleared
             row = _change("create_tasks", email=user.email, name=user.name, **values, **repeat)
             break
@@ -110,7 +113,7 @@ def create_task(user_id: str) -> Response:
         abort(problems.unavailable("The user is being deleted: retry."))
     body, tag, id, count, is_new, _ = row or _not_found()
     if int(count) < len(tasks):
-        parsing.refuse("pointer", [("#", f"A user has at most {max_tasks:,} tasks: delete some first.")])
+        parsing.refuse("pointer", too_many)
     if is_new == b"t":
         log_event("new user", user=user_id)
     return _created(body, tag, id, is_array)

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, LiteralString, Self
 
 import psycopg
+import pytest
 from psycopg import sql
-from psycopg.conninfo import make_conninfo
+from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from taskapi.db import Database
+from taskapi import db
 from taskapi.embedded import Cluster
 from taskapi.migrations import migrate
+from tests import citus
 from tests.processes import TIMEOUT, freeze, kill_all, processes_in, wait_until
 
 CONF = """
@@ -25,15 +27,72 @@ min_wal_size = '32MB'
 """
 
 
-class Postgres(Cluster):
+class Database:
+    """A database with taskapi's schema, which a superuser may damage."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @property
+    def url(self) -> str:
+        """The URL of a superuser."""
+        return self._url
+
+    @property
+    def login(self) -> str:
+        """The URL with least privilege: no superuser, only a member of taskapi_user."""
+        return make_conninfo(self.url, user="app")
+
+    def run(self, command: LiteralString | sql.Composed, *params: Any) -> list[tuple[Any, ...]]:
+        """Executes a command as superuser and returns its rows."""
+        with psycopg.connect(self.url, autocommit=True, application_name="test") as conn:
+            cursor = conn.execute(command, params)
+            return cursor.fetchall() if cursor.description else []
+
+    def backends(self, wait_event: str = "%") -> list[int]:
+        """The process ids of the backends that serve taskapi: all, or those that wait for an event."""
+        command: LiteralString = """
+            SELECT pid FROM pg_stat_activity
+            WHERE datname = current_database() AND application_name = 'taskapi' AND coalesce(wait_event, '') LIKE %s
+        """
+        return [pid for (pid,) in self.run(command, wait_event)]
+
+    def wait_for_backends(self, wait_event: str, count: int = 1) -> list[int]:
+        """Waits until at least `count` backends wait for that event."""
+        found: list[int] = []
+
+        def enough() -> bool:
+            found[:] = self.backends(wait_event)
+            return len(found) >= count
+
+        wait_until(enough, f"{count} backends wait for {wait_event}")
+        return found
+
+    def terminate(self, *pids: int) -> None:
+        """Ends these backends (by default all that serve taskapi) and waits until they have exited."""
+        chosen = list(pids or self.backends())
+        self.run("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid", chosen)
+        left: LiteralString = "SELECT FROM pg_stat_activity WHERE pid = ANY (%s)"
+        wait_until(lambda: not self.run(left, chosen), "these backends have exited")
+
+    def migrate(self) -> None:
+        """Creates the schema and the login that taskapi needs."""
+        migrate(db.Database(self.url))
+        if not self.run("SELECT 1 FROM pg_roles WHERE rolname = 'app'"):
+            password = conninfo_to_dict(self.url).get("password")
+            self.run(sql.SQL("CREATE ROLE app LOGIN PASSWORD {}").format(sql.Literal(password)))
+        self.run("GRANT taskapi_user TO app")
+
+
+class Postgres(Cluster, Database):
     """A PostgreSQL server that runs for the length of a with block and is killed at its end."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.login = make_conninfo(self.url, user="app")
-        """The URL with least privilege: no superuser, only a member of taskapi_user."""
 
     def __enter__(self) -> Self:
+        if citus.URL:
+            pytest.skip("the subject is a PostgreSQL server of its own, without Citus")
         self.folder.mkdir(exist_ok=True)
         self.start()
         return self
@@ -101,12 +160,6 @@ class Postgres(Cluster):
                 with contextlib.suppress(ProcessLookupError):  # it has exited
                     os.kill(pid, signal.SIGCONT)
 
-    def run(self, command: LiteralString | sql.Composed, *params: Any) -> list[tuple[Any, ...]]:
-        """Executes a command as superuser and returns its rows."""
-        with psycopg.connect(self.url, autocommit=True, application_name="test") as conn:
-            cursor = conn.execute(command, params)
-            return cursor.fetchall() if cursor.description else []
-
     @contextlib.contextmanager
     def setting(self, name: str, value: str) -> Iterator[None]:
         """Changes a setting of the server for the length of a with block."""
@@ -124,37 +177,6 @@ class Postgres(Cluster):
         self.run("SELECT pg_reload_conf()")
         wait_until(lambda: self.run(shown, name) == [(value,)], f"{name} is {value}")
         return str(before)
-
-    def backends(self, wait_event: str = "%") -> list[int]:
-        """The process ids of the backends that serve taskapi: all, or those that wait for an event."""
-        command: LiteralString = """
-            SELECT pid FROM pg_stat_activity WHERE application_name = 'taskapi' AND coalesce(wait_event, '') LIKE %s
-        """
-        return [pid for (pid,) in self.run(command, wait_event)]
-
-    def wait_for_backends(self, wait_event: str, count: int = 1) -> list[int]:
-        """Waits until at least `count` backends wait for that event."""
-        found: list[int] = []
-
-        def enough() -> bool:
-            found[:] = self.backends(wait_event)
-            return len(found) >= count
-
-        wait_until(enough, f"{count} backends wait for {wait_event}")
-        return found
-
-    def terminate(self, *pids: int) -> None:
-        """Ends these backends (by default all that serve taskapi) and waits until they have exited."""
-        chosen = list(pids or self.backends())
-        self.run("SELECT pg_terminate_backend(pid) FROM unnest(%s::int[]) AS pid", chosen)
-        wait_until(lambda: not self.processes.intersection(chosen), "these backends have exited")
-
-    def migrate(self) -> None:
-        """Creates the schema and the login that taskapi needs."""
-        migrate(Database(self.url))
-        if not self.run("SELECT 1 FROM pg_roles WHERE rolname = 'app'"):
-            self.run("CREATE ROLE app LOGIN")
-        self.run("GRANT taskapi_user TO app")
 
     def standby(self, folder: Path) -> "Postgres":
         """A hot standby of this server, which follows it when started."""

@@ -1,4 +1,5 @@
-"""A real PostgreSQL for every test: embedded, or a fresh database on the server that TEST_DATABASE_URL names."""
+"""A real PostgreSQL for every test: embedded, or a fresh database on the server that TEST_DATABASE_URL names, or on the
+server or cluster with Citus that TEST_CITUS_URL names."""
 
 import functools
 import logging
@@ -19,6 +20,7 @@ from taskapi import Settings
 from taskapi.db import Database
 from taskapi.embedded import Cluster
 from taskapi.migrations import migrate
+from tests import citus
 from tests.people import Person, running_app
 
 
@@ -71,7 +73,7 @@ def _cluster(folder: Path) -> Cluster:
 @pytest.fixture(scope="session")
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL whose login may create databases; the workers of pytest-xdist share it."""
-    if url := os.environ.get("TEST_DATABASE_URL"):
+    if url := citus.URL or os.environ.get("TEST_DATABASE_URL"):
         yield url
         return
     folder = tmp_path_factory.getbasetemp()  # of this run, or of this worker in the folder of the run
@@ -88,16 +90,20 @@ def new_database(server_url: str) -> Iterator[Callable[..., str]]:
     def create(*, migrated: bool = False) -> str:
         name = f"taskapi_test_{secrets.token_hex(6)}"
         names.append(name)
+        url = citus.create_database(name) if citus.URL else make_conninfo(server_url, dbname=name)
         with psycopg.connect(server_url, autocommit=True) as conn:
-            conn.execute(f"CREATE DATABASE {name}".encode())
+            if not citus.URL:
+                conn.execute(f"CREATE DATABASE {name}".encode())
             conn.execute(f"ALTER DATABASE {name} SET synchronous_commit TO off".encode())  # no test cuts the power
-        url = make_conninfo(server_url, dbname=name)
         if migrated:
             migrate(Database(url))
         return url
 
     yield create
-    if "TEST_DATABASE_URL" in os.environ:  # the embedded server is not used again
+    if citus.URL:
+        for name in names:
+            citus.run_on_nodes(f"DROP DATABASE {name} WITH (FORCE)")
+    elif "TEST_DATABASE_URL" in os.environ:  # the embedded server is not used again
         with psycopg.connect(server_url, autocommit=True) as conn:
             for name in names:
                 conn.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())

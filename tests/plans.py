@@ -17,8 +17,9 @@ STATEMENTS = sorted(path.stem for path in SQL_DIR.glob("*.sql") if path.stem != 
 ON_ROWS = [name for name in STATEMENTS if re.search(rf"taskapi\.({'|'.join(USER_COLUMNS)})\b", load_sql(name).decode())]
 """The statements on those tables."""
 
-MIGRATING = ["fill_search_texts", "list_unfolded_tasks"]
-"""Those that only a migration runs, as the owner."""
+OF_NO_USER = ["grant_access", "list_node_users", "list_undistributed_tables"]
+MIGRATING = ["fill_search_texts", "list_unfolded_tasks", *OF_NO_USER]
+"""Those that only commands run, with the rights of the login."""
 
 VALUES: dict[str, Any] = {
     "is_completed": "false",

@@ -21,6 +21,7 @@ from taskapi import search
 from taskapi.pipeline import to_positional
 from taskapi.schemas import SORTS
 from taskapi.statements import build_batch, load_fragments, load_sql
+from tests.citus import needs_postgresql
 from tests.people import SECRET, Answer, Person, assert_problem, mint, running_app
 from tests.processes import Wire, copied, request, serving
 
@@ -173,6 +174,7 @@ def buffers(plan: dict[str, Any]) -> int:
     return count
 
 
+@needs_postgresql
 @pytest.mark.slow
 @pytest.mark.parametrize("sort", SORTS)
 def test_page_2000_reads_as_much_as_page_1(many: psycopg.Connection, sort: str) -> None:
@@ -184,6 +186,7 @@ def test_page_2000_reads_as_much_as_page_1(many: psycopg.Connection, sort: str) 
         assert last <= 2 * first
 
 
+@needs_postgresql
 @pytest.mark.slow
 def test_a_cursor_that_is_a_filter_is_noticed(many: psycopg.Connection) -> None:
     def with_filter(text: bytes) -> bytes:
@@ -195,6 +198,7 @@ def test_a_cursor_that_is_a_filter_is_noticed(many: psycopg.Connection) -> None:
     assert buffers(explain(many, deep, with_filter)) > 20 * buffers(explain(many, {}))
 
 
+@needs_postgresql
 @pytest.mark.slow
 def test_a_search_reads_stored_texts_and_folds_nothing(many: psycopg.Connection) -> None:
     plan = explain(many, {"q": search.make_patterns("zzz qqq"), "limit": 1000})

@@ -15,9 +15,10 @@ from flask import Flask
 from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
+from taskapi.checks import load_migrations
 from taskapi.config import VARIABLES, Settings
 from taskapi.context import get_api
-from taskapi.migrations import load_migrations, migrate
+from taskapi.migrations import migrate
 from tests.people import SECRET, Person, mint, running_app
 from tests.processes import CHECKOUT, ask, environment, free_port, readme, serving_copy, started
 

@@ -51,6 +51,8 @@ def is_not_ready(server: Server, reason: str) -> bool:
     """Whether the log has this reason for 503; the client does not get it."""
     assert ask(server.url, "GET", "/livez").status == 200
     answer = ask(server.url, "GET", "/readyz")
+    if answer.status == 200:
+        return False
     assert_problem(answer, 503)
     assert (answer.json["detail"], answer.headers["retry-after"]) == ("Not ready to serve requests.", "1")
     return re.search(reason, server.stderr) is not None
@@ -85,11 +87,11 @@ def damaged(postgres: Postgres, command: LiteralString) -> Iterator[None]:
         postgres.migrate()
 
 
-NOT_MIGRATED = "DROP SCHEMA taskapi CASCADE; DROP OWNED BY taskapi_user; DROP ROLE taskapi_user"
 FAULTS: dict[str, tuple[LiteralString, str]] = {
     "down": ("", "connection to server on socket"),
-    "empty": (NOT_MIGRATED, "the schema lacks 0001_.*`flask .* taskapi migrate`"),
-    "no role": ("REVOKE taskapi_user FROM app", "'app' may not act as taskapi_user"),
+    "empty": ("DROP SCHEMA taskapi CASCADE", "the schema lacks 0001_.*`flask .* taskapi migrate`"),
+    "no role": ("REVOKE taskapi_user FROM app", "must run `GRANT taskapi_user TO app"),
+    "no grant": ("REVOKE SELECT ON taskapi.tasks FROM taskapi_user", "for table tasks: run `flask .* taskapi migrate`"),
 }
 
 

@@ -18,12 +18,13 @@ from taskapi import statements
 from taskapi.context import get_api
 from taskapi.db import DatabaseUnavailable, UnexpectedDatabaseError
 from taskapi.migrations import migrate
-from taskapi.statements import load_sql
+from taskapi.statements import begin_as_user, load_sql
+from tests import citus
 from tests.people import Person, assert_problem, running_app
-from tests.plans import AFTER, ON_ROWS, USER_COLUMNS, VALUES
+from tests.plans import AFTER, MIGRATING, ON_ROWS, USER_COLUMNS, VALUES
 
 CONDITION = re.compile(r"(?:\w+\.)?(?:user_id|id) = %\(user_id\)s")
-WITHOUT_FILTERS = [(name, load_sql(name)) for name in ON_ROWS if name != "list_unfolded_tasks"]
+WITHOUT_FILTERS = [(name, load_sql(name)) for name in ON_ROWS if name not in MIGRATING]
 LISTS = ("list_tasks", "list_large_tasks")
 COMPOSED = [
     *((name, load_sql(name, options=(option,))) for name in LISTS for option in ("after", "count")),
@@ -55,7 +56,7 @@ def fill(person: Person) -> dict[str, Any]:
 
 
 def begin_as(conn: psycopg.Connection, user: str) -> None:
-    conn.execute(load_sql("begin_as_user"), {"user_id": user})
+    conn.execute(begin_as_user(citus.URL is not None)[-1], {"user_id": user})
 
 
 @pytest.mark.parametrize(
@@ -98,12 +99,17 @@ def test_the_policies_hold_without_a_condition_of_a_statement(
             begin_as(conn, alice.user)
             cursor = conn.execute(text.encode(), {**params, "id": id})
             rows: list[Any] = cursor.fetchall() if cursor.description else []
-            conn.execute("RESET role")
+            found = [row[part] for row in rows], [len(table) for table in rows_of(conn, alice)]
+            begin_as(conn, bob.user)
             assert rows_of(conn, bob) == before
-            return [row[part] for row in rows], [len(table) for table in rows_of(conn, alice)]
+            return found
 
     for task in (mine, theirs):
-        assert run(mutant, task["id"]) == run(text, task["id"])
+        expected = run(text, task["id"])
+        try:
+            assert run(mutant, task["id"]) == expected
+        except (errors.FeatureNotSupported, errors.InternalError_):  # Citus refuses some statements on all nodes
+            assert citus.URL
 
 
 @pytest.mark.parametrize("command", ["SELECT * FROM {}", "UPDATE {} SET updated_at = now()", "DELETE FROM {}"])
@@ -117,10 +123,10 @@ def test_a_statement_without_any_condition_touches_only_own_rows(
         with conn.transaction(force_rollback=True):
             begin_as(conn, alice.user)
             assert conn.execute(command.format(f"taskapi.{table}").encode()).rowcount == 1
-            conn.execute("RESET role")
-            assert rows_of(conn, bob) == before
             # A deleted user takes rows of other tables along, by a cascade that has no policy.
             assert rows_of(conn, alice) == [[]] * 4 or (command, table) != ("DELETE FROM {}", "users")
+            begin_as(conn, bob.user)
+            assert rows_of(conn, bob) == before
 
 
 def test_without_a_user_there_are_no_rows(alice: Person, conn: psycopg.Connection) -> None:
@@ -148,19 +154,20 @@ def test_a_request_may_not_write_for_others_or_change_the_schema(
     alice: Person, bob: Person, conn: psycopg.Connection, command: str
 ) -> None:
     bob.create()
-    with pytest.raises(errors.InsufficientPrivilege), conn.transaction():
+    refusals = (errors.InsufficientPrivilege, errors.FeatureNotSupported)  # the latter by Citus
+    with pytest.raises(refusals), conn.transaction():
         begin_as(conn, alice.user)
         conn.execute(command.format(bob.user).encode())
 
 
 def test_the_role_has_no_rights_of_its_own_and_every_table_forces_its_policy(conn: psycopg.Connection) -> None:
     role = conn.execute("""
-        SELECT rolsuper OR rolbypassrls OR rolcreaterole OR rolcreatedb OR rolcanlogin,
+        SELECT rolsuper OR rolbypassrls OR rolcreaterole OR rolcreatedb, rolcanlogin,
                (SELECT count(*) FROM pg_class WHERE relowner = r.oid)
                + (SELECT count(*) FROM pg_auth_members WHERE member = r.oid)
         FROM pg_roles r WHERE rolname = 'taskapi_user'
     """).fetchone()
-    assert role == (False, 0)
+    assert role == (False, citus.URL is not None, 0)
     tables = conn.execute("""
         SELECT relname, relrowsecurity AND relforcerowsecurity
         FROM pg_class WHERE relnamespace = 'taskapi'::regnamespace AND relkind IN ('r', 'p')
@@ -169,7 +176,7 @@ def test_the_role_has_no_rights_of_its_own_and_every_table_forces_its_policy(con
 
 
 def test_the_statements_hold_without_the_policies(new_database: Callable[..., str]) -> None:
-    assert {name for name, _, _ in WITHOUT_ONE_CONDITION} == {*ON_ROWS} - {"upsert_user", "list_unfolded_tasks"}
+    assert {name for name, _, _ in WITHOUT_ONE_CONDITION} == {*ON_ROWS} - {"upsert_user", *MIGRATING}
     with running_app(new_database(migrated=True)) as app:
         with get_api(app).database.connect() as conn:
             for table in USER_COLUMNS:
@@ -200,7 +207,7 @@ def test_a_login_needs_one_grant_and_the_log_names_it(
         ann = Person(app.test_client(), f"ann-{secrets.token_hex(6)}")
         get_api(app).database.log_problems()
         assert_problem(ann.request("GET"), 503)
-        [grant, _] = re.findall(r'`(GRANT taskapi_user TO "login_\w+")`', caplog.text)
+        [grant, _] = re.findall(r"`(GRANT taskapi_user TO login_\w+[\w ]*)`", caplog.text)
         conn.execute(grant.encode())
         assert [ann.create()] == ann.list()
 

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import quote
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taskapi.schemas import LIST, PRIORITIES, SORTS
+from tests import citus
 from tests.people import Answer, Person, assert_problem
 from tests.processes import wait_until
 
@@ -101,15 +103,16 @@ def test_a_change_that_waited_for_another_is_later(
     with ThreadPoolExecutor(1) as threads, psycopg.connect(database_url) as other:
         other.execute("SELECT FROM taskapi.users WHERE id = %s FOR NO KEY UPDATE", [alice.user])
         answer = threads.submit(alice.request, method, path, json={"title": "late", "is_completed": True})
-        waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))"
-        wait_until(lambda: conn.execute(waiting, [other.info.backend_pid]).rowcount, "the change waits")
-        change = "UPDATE taskapi.tasks SET updated_at = clock_timestamp() WHERE id = %s RETURNING to_json(updated_at)"
-        newest = other.execute(change, [tasks[0]["id"]]).fetchone()
+        wait_until(lambda: citus.waits(conn, other), "the change waits")
+        newest = datetime.now(UTC)
+        clock = round(newest.timestamp() * 1_000_000)
+        other.execute("UPDATE taskapi.users SET clock = %s WHERE id = %s", [clock, alice.user])
+        change = "UPDATE taskapi.tasks SET updated_at = %s WHERE user_id = %s AND id = %s"
+        other.execute(change, [newest, alice.user, tasks[0]["id"]])
         other.commit()
-    assert newest
     late = answer.result().json
     assert late["updated_at"] == late["completed_at"]
-    assert titles(listed(alice, {"updated_since": newest[0], "sort": "-updated_at"})) == "latea"
+    assert titles(listed(alice, {"updated_since": newest.isoformat(), "sort": "-updated_at"})) == "latea"
 
 
 ACCENT = "\N{COMBINING GRAVE ACCENT}"

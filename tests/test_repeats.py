@@ -10,6 +10,7 @@ import psycopg
 import pytest
 from flask import Flask
 
+from tests import citus
 from tests.people import SECRET, Answer, Person, assert_problem, mint
 from tests.processes import Wire, copied, request, serving, wait_until
 
@@ -134,14 +135,13 @@ def test_the_next_server_gives_the_answer_that_a_killed_one_did_not_send(
     variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
     raw = request("POST", target, 'Idempotency-Key: "k"', token=token, body=b'{"title": "t"}')
     count = "SELECT count(*) FROM taskapi.tasks WHERE user_id = %s"
-    waiting = "SELECT FROM pg_stat_activity WHERE %s = ANY (pg_blocking_pids(pid))"
     with copied(tmp_path / "checkout") as folder:
         with serving(folder, variables) as server, Wire(server.url) as wire:
             wire.send(request("GET", target, token=token)).answer()
             with psycopg.connect(database_url) as locked:
                 locked.execute("LOCK TABLE taskapi.tasks IN SHARE MODE")
                 wire.send(raw)
-                wait_until(lambda: conn.execute(waiting, [locked.info.backend_pid]).rowcount, "the create waits")
+                wait_until(lambda: citus.waits(conn, locked), "the create waits")
                 server.popen.kill()
                 server.popen.wait()
             wait_until(lambda: conn.execute(count, [user]).fetchone() == (1,), "the create is done")
@@ -156,7 +156,9 @@ def test_the_next_server_gives_the_answer_that_a_killed_one_did_not_send(
 def test_a_key_is_kept_for_a_day_and_cleared_by_the_next_change(
     alice: Person, bob: Person, conn: psycopg.Connection
 ) -> None:
-    hours = "CASE key WHEN 'old' THEN 24.1 ELSE 23.9 END"
+    move = (
+        "UPDATE taskapi.idempotency_keys SET created_at = now() - %s * interval '1 h' WHERE (user_id, key) = (%s, %s)"
+    )
     changes: list[tuple[str, str, Any]] = [
         *(("POST", "", {"title": "t"}), ("PUT", "/{}", {"title": "u"}), ("PATCH", "/{}/complete", None)),
         *(("DELETE", "/{}", None), ("DELETE", "?is_completed=false", None)),
@@ -165,10 +167,8 @@ def test_a_key_is_kept_for_a_day_and_cleared_by_the_next_change(
     for number, (method, path, body) in enumerate(changes):
         person = Person(alice.client, f"{alice.user}-{number}")
         first = {key: create(person, key) for key in ("old", "young")}
-        command = (
-            f"UPDATE taskapi.idempotency_keys SET created_at = now() - {hours} * interval '1 hour' WHERE user_id = %s"
-        )
-        conn.execute(command.encode(), [person.user])
+        for key, hours in (("old", 24.1), ("young", 23.9)):
+            conn.execute(move, [hours, person.user, key])
         conn.execute("UPDATE taskapi.users SET expires = 1 WHERE id = %s", [person.user])
         person.list()
         assert keys(conn, person) == ["old", "young"]

@@ -6,6 +6,7 @@ import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from random import Random
 from threading import Event
 from typing import Any
@@ -164,8 +165,9 @@ def test_a_change_clears_deletions_after_30_days_and_not_before(
     age = int(days * 86_400_000_000)
     moved = "UPDATE taskapi.users SET clock = clock - %s, expires = expires - %s WHERE id = %s"
     conn.execute(moved, [age, age, alice.user])
-    moved = "UPDATE taskapi.deletions SET deleted_at = deleted_at - %s * interval '1 us' WHERE user_id = %s"
-    conn.execute(moved, [age, alice.user])
+    [deleted] = deletions(alice).json
+    moved_to = datetime.fromisoformat(deleted["deleted_at"]) - timedelta(microseconds=age)
+    conn.execute("UPDATE taskapi.deletions SET deleted_at = %s WHERE user_id = %s", [moved_to, alice.user])
     alice.create()
     assert deletions(alice).status_code == status
 

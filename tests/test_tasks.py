@@ -107,7 +107,7 @@ def test_edge_an_unknown_task_cannot_be_told_from_anothers(alice: Person, bob: P
 
 def test_lists_are_oldest_first(alice: Person, conn: psycopg.Connection) -> None:
     first, second, third = (alice.create(title)["id"] for title in "abc")
-    conn.execute("UPDATE taskapi.tasks SET created_at = created_at - interval '1 day' WHERE id = %s", [third])
+    conn.execute("UPDATE taskapi.tasks SET created_at = to_timestamp(0) WHERE id = %s", [third])
     assert [task["id"] for task in alice.list()] == [third, first, second]
 
 

@@ -1,0 +1,3 @@
+-- Returns whether the database has the extension Citus.
+-- Parameters: none
+SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')
