@@ -6,8 +6,9 @@ import select
 from collections.abc import Callable
 from typing import Any
 
-from flask import Flask
+from flask import Flask, Request
 from psycopg_pool import ConnectionPool
+from werkzeug.routing import MapAdapter
 
 VERSION = "0.2.0"  # defined before the imports, because the modules import it
 
@@ -20,10 +21,16 @@ __all__ += ["docs", "health", "openapi", "tasks"]  # see "Embedding" in the READ
 
 
 class App(Flask):
-    """Calls each view directly. Flask would check before each call whether the view is a coroutine; none is."""
+    """Calls each view directly. Flask would check before each call whether the view is a coroutine; none is. Ignores
+    `Upgrade` (RFC 9110 §7.8). Werkzeug would look for a rule for WebSocket."""
 
     def ensure_sync(self, func: Callable[..., Any]) -> Callable[..., Any]:
         return func
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        if request:
+            request.environ.pop("HTTP_UPGRADE", None)
+        return super().create_url_adapter(request)
 
 
 def create_app(settings: Settings | None = None) -> Flask:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from flask import Flask, Response, abort, render_template, request, send_from_directory
 
+from .preconditions import not_modified
+
 # The files that `/docs` loads from this package and from the wheel flask-swagger-ui, with their media types: the
 # system's table of media types may differ. The wheel's HTML page is not used: DOCS_POLICY forbids its inline script.
 PACKAGE_ASSETS = {"docs.js": "text/javascript", "docs.css": "text/css"}
@@ -37,14 +39,13 @@ def init_app(app: Flask) -> None:
 
     @app.get("/docs", endpoint="taskapi_docs")
     def docs() -> Response:
-        return _page(send_from_directory(static, "docs.html"), DOCS_POLICY)
+        return _send(static, "docs.html", "text/html")
 
     @app.get("/docs/<file>", endpoint="taskapi_docs_file")
     def docs_file(file: str) -> Response:
         if file not in types:
             abort(404)
-        folder = static if file in PACKAGE_ASSETS else vendor
-        return _page(send_from_directory(folder, file, mimetype=types[file]), DOCS_POLICY)
+        return _send(static if file in PACKAGE_ASSETS else vendor, file, types[file])
 
 
 def add_front_page(app: Flask) -> None:
@@ -63,7 +64,17 @@ def add_front_page(app: Flask) -> None:
         return _page(Response(page, headers={"Cache-Control": "no-store"}, mimetype="text/html"), policy)
 
 
+def _send(folder: Path, file: str, mimetype: str) -> Response:
+    """A file, or 304. Not `conditional`, because werkzeug fails with some dates in If-Modified-Since and If-Range."""
+    response = send_from_directory(folder, file, mimetype=mimetype, conditional=False)
+    for name in ("Date", "Last-Modified"):
+        del response.headers[name]
+    if unchanged := not_modified(response.headers["ETag"].encode()):
+        response.close()
+        unchanged.headers["Cache-Control"] = response.headers["Cache-Control"]
+    return _page(unchanged or response, DOCS_POLICY)
+
+
 def _page(response: Response, policy: str) -> Response:
     response.headers.update({**SECURITY_HEADERS, "Content-Security-Policy": policy})
-    response.headers.pop("Date", None)  # a file's response has one; the server adds its own
     return response

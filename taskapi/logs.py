@@ -106,13 +106,13 @@ def _log_request(context: RequestContext, response: Response, **fields: Any) -> 
     )
 
 
-def log_unreadable(client: str, status: int) -> str:
-    """Logs a request that cannot be read as HTTP and so does not reach the app. Returns its id: a new one, since its
+def log_unreadable(client: str, status: int, reason: str) -> str:
+    """Logs a request that does not reach the app: most cannot be read as HTTP. Returns its id: a new one, since its
     headers cannot be trusted."""
     request_id = new_request_id()
     absent = dict.fromkeys(("method", "route", "user", "token_cached"))
     about = {"client": client, "request_id": request_id, "status": status, "duration_ms": 0, "database_ms": 0}
-    log.info("request refused: not HTTP", extra={**absent, **about})
+    log.info("request refused: %s", reason, extra={**absent, **about, "reason": reason})
     return request_id
 
 

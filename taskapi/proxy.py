@@ -1,6 +1,7 @@
 """The client's address and URL as a trusted proxy reports them."""
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ class TrustedProxy:
         peer = parse_address(environ.get("REMOTE_ADDR", ""))
         # Only the last value is from the proxy. The values before it are from the client.
         fields = {name: environ.pop(name).rpartition(",")[2].strip() for name in FIELDS if name in environ}
+        fields = {name: value for name, value in fields.items() if re.fullmatch("[!-~]+", value)}
         if peer is None or peer not in self._network:
             return self._app(environ, start_response)  # type: ignore[no-any-return]
         client = parse_address(fields.pop("HTTP_X_FORWARDED_FOR", ""))

@@ -1,38 +1,38 @@
 """`python wsgi.py`: serves the API with waitress, with limits of time and size for clients without a proxy. No TLS."""
 
 import contextlib
+import ctypes
 import logging
-import math
 import os
 import resource
-import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any, NoReturn
 
 import click
 from flask import Flask
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
-from waitress.buffers import OverflowableBuffer
-from waitress.channel import HTTPChannel
 from waitress.server import TcpWSGIServer
 
 from . import VERSION, create_app, docs, embedded, logs, tokens
+from .channel import Channel, has_input
 from .config import ConfigError, Settings, load_env_file
 from .context import get_api
-from .http import BadRequestTask, Parser, Task
 from .migrations import migrate
-from .schemas import MAX_BULK
 
 MAX_CONNECTIONS = 2_000  # open at most; fewer if the limit of file descriptors is low
 REQUEST_TIMEOUT = 30  # seconds to receive a whole request, to send a whole answer, and to wait for the next request
 LINGER = 1  # seconds for which a stopping server keeps idle connections: a client may have sent a request already
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+MAX_REQUESTS_MEMORY = 32 * 2**20  # bytes that unanswered requests may take, beside SMALL_REQUEST for each connection
+MAX_ANSWERS_MEMORY = 64 * 2**20  # bytes of answers that have not been read
+MEMORY_CHECK = 2**20  # bytes received between two checks of the memory that requests take
 DRAIN_TIMEOUT = 30  # seconds for which a stopping server waits for requests in progress and unread answers
 
 WAITRESS: dict[str, Any] = {
@@ -41,7 +41,7 @@ WAITRESS: dict[str, Any] = {
     "asyncore_use_poll": True,  # select() cannot take descriptors over 1,023
     "cleanup_interval": 5,  # seconds between two checks for connections that are too slow
     "outbuf_high_watermark": 2**40,  # bytes; never reached: no thread waits for a slow client
-    "inbuf_overflow": MAX_BULK + 1,  # bytes: no body that is accepted is written to disk
+    "outbuf_overflow": 2**40,  # bytes; never reached: no answer is written to disk
     "max_request_header_size": 16_384,  # bytes: enough for a token, a cookie and a long URL
     "max_request_body_size": 2**30,  # bytes; never reached: Parser has the limits
     "ident": None,  # no Server header
@@ -57,76 +57,18 @@ curl -H 'Authorization: Bearer {token}' {url}/api/me/tasks
 """
 
 
-class Channel(HTTPChannel):
-    """One connection. It buffers one answer at most: the next request waits until the client has read it."""
-
-    parser_class = Parser
-    task_class = Task
-    error_task_class = BadRequestTask
-    current_outbuf_count: int
-    request_started = math.inf  # when the first byte of the unfinished request arrived
-    answer_started = math.inf  # when the buffer of unsent answers was last empty
-    is_blocked = False  # whether a request waits until the client has read the answer before it
-
-    def received(self, data: bytes) -> bool:
-        unfinished = self.request
-        is_accepted: bool = super().received(data)
-        if self.request is not unfinished:
-            self.request_started = math.inf if self.request is None else time.time()
-        return is_accepted
-
-    def write_soon(self, data: bytes) -> int:
-        if not self.total_outbufs_len:
-            self.answer_started = time.time()
-        return int(super().write_soon(data))
-
-    def service(self) -> None:
-        with self.requests_lock:
-            self.is_blocked = self.total_outbufs_len > 0
-        if not self.is_blocked:
-            super().service()
-            self._close_sent_answer()
-
-    def handle_write(self) -> None:
-        super().handle_write()
-        self._close_sent_answer()
-        with self.requests_lock:
-            if self.is_blocked and not self.total_outbufs_len:
-                self.is_blocked = False
-                self.server.add_task(self)
-
-    def _close_sent_answer(self) -> None:
-        """Closes the buffer, and with it the file, of an answer that is sent. waitress would keep both."""
-        with self.outbuf_lock:
-            if self.connected and self.current_outbuf_count and not self.total_outbufs_len:
-                sent, self.outbufs[-1] = self.outbufs[-1], OverflowableBuffer(self.adj.outbuf_overflow)
-                sent.close()  # after it is replaced: the main loop reads outbufs without the lock
-                self.current_outbuf_count = 0
-
-    def is_idle(self) -> bool:
-        """Whether there is no request, not even a part of one, and no unsent answer."""
-        return not (self.requests or self.request or self.total_outbufs_len)
-
-    def is_late(self, limit: float) -> bool:
-        """Whether the server has waited for the client since before `limit`, even if single bytes came after it."""
-        if self.total_outbufs_len:
-            return self.answer_started < limit
-        return not self.requests and min(self.last_activity, self.request_started) < limit
-
-    def is_last_answer(self) -> bool:
-        """Whether the server stops and the client has sent nothing after the request that is answered now."""
-        return self.server.is_stopping and not (len(self.requests) > 1 or self.request or has_input(self.socket))
-
-
 class Server(TcpWSGIServer):
     """waitress's server with time limits that a slow client cannot extend, and an orderly stop."""
 
     channel_class = Channel
+    # waitress logs a line for each request that waits for a thread, and for each connection that comes at the limit.
+    logger = logging.getLogger("waitress.queue")
+    logger.setLevel(logging.ERROR)
 
     def __init__(self, app: Flask, sock: socket.socket) -> None:
         adjustments = Adjustments(sockets=[sock], connection_limit=raise_connection_limit(), **WAITRESS)
-        logging.getLogger("waitress.queue").setLevel(logging.ERROR)  # else a line for each request that waits
         self.is_stopping = False
+        self._unchecked = 0  # bytes received since the memory was checked
         sockinfo = (sock.family, sock.type, sock.proto, sock.getsockname())
         super().__init__(app, _sock=sock, adj=adjustments, sockinfo=sockinfo, bind_socket=False)
 
@@ -163,7 +105,30 @@ class Server(TcpWSGIServer):
 
     def maintenance(self, now: float) -> None:
         """Closes the connections whose clients are too slow; waitress calls it every `cleanup_interval`."""
+        if self.in_connection_overflow:
+            logs.log.warning("no more connections are accepted: %d are open", len(self.active_channels))
         self._close_channels(lambda channel: channel.is_late(now - REQUEST_TIMEOUT))
+
+    def limit_requests(self, size: int) -> None:
+        """Refuses the slowest requests if all together take too much memory. `size` is what one has added to it."""
+        self._unchecked += size
+        if self._unchecked < MEMORY_CHECK:
+            return
+        self._unchecked = 0
+        channels = sorted(self.active_channels.values(), key=Channel.waiting_since)
+        excess = sum(channel.memory() for channel in channels) - MAX_REQUESTS_MEMORY
+        for channel in channels:
+            memory = channel.memory()
+            if excess > 0 and memory and (channel.request or len(channel.requests) > 1):
+                channel.refuse()
+                excess -= memory
+
+    def limit_answers(self) -> None:
+        """Closes the connection of the slowest reader if all unread answers together take too much memory."""
+        channels = list(self.active_channels.values())
+        readers = [channel for channel in channels if channel.total_outbufs_len and not channel.will_close]
+        if sum(channel.answer_size for channel in readers) > MAX_ANSWERS_MEMORY:
+            min(readers, key=attrgetter("answer_started")).abort()
 
     def _loop(self, seconds: float) -> None:
         wasyncore.loop(seconds, use_poll=self.adj.asyncore_use_poll, map=self._map, count=1)
@@ -171,14 +136,7 @@ class Server(TcpWSGIServer):
     def _close_channels(self, condition: Callable[[Channel], bool]) -> None:
         for channel in list(self.active_channels.values()):
             if condition(channel):
-                channel.handle_close()
-
-
-def has_input(sock: socket.socket) -> bool:
-    """Whether there is something to read, or a connection to accept."""
-    poll = select.poll()
-    poll.register(sock, select.POLLIN)
-    return bool(poll.poll(0))
+                channel.abort()
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -199,6 +157,9 @@ def main() -> None:
     # The log does not have these values. Without them it is faster (Python's logging HOWTO, "Optimization").
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
+    with contextlib.suppress(AttributeError):  # glibc: M_MMAP_THRESHOLD is -3
+        # Otherwise glibc raises the threshold, and keeps the memory of large bodies and answers that have been freed.
+        ctypes.CDLL(None).mallopt(-3, 128 * 1024)
     received: list[int] = []
 
     def exit_now(number: int, _: object) -> NoReturn:

@@ -56,10 +56,10 @@ def shared_copy(*prepare: Callable[[Path], None]) -> Any:
 
 
 def readme(section: str = "", language: str = "") -> str:
-    """The README, or a section of it, or the one block of a language there."""
+    """The README, or a section or subsection of it, or the one block of a language there."""
     text = (CHECKOUT / "README.md").read_text()
     if section:
-        text = text.partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+        [(_, text)] = re.findall(rf"^(##+) {section}\n(.*?)(?=^## |^\1 |\Z)", text, re.MULTILINE | re.DOTALL)
     if language:
         (text,) = re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     return text

@@ -69,6 +69,10 @@ def python_after(*statements: str) -> list[str]:
     return [*PYTHON, "-c", "\n".join([*lines, "runpy.run_path('wsgi.py', None, '__main__')"])]
 
 
+NO_TEMPFILE = python_after("import tempfile", "tempfile.tempdir = '/nonexistent'")
+"""A Python for which every use of a temporary file is an error."""
+
+
 def raise_timeouts(folder: Path) -> None:
     """Raises the statement and lock timeouts of a copy of the tree, so that a test may hold a lock for longer."""
     begin = folder / "sql" / "begin_as_user.sql"

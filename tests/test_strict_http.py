@@ -1,0 +1,90 @@
+"""The strict reader of requests on examples of the RFCs' rules, and the server compared with it."""
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.people import SECRET
+from tests.processes import Server, Wire, request, serving, shared_copy
+from tests.servers import connect
+from tests.strict_http import Incomplete, Outcome, Refusal, Request, generate, read
+
+CASES = list(generate(9112, 1000, b"/api/ann/tasks"))
+FIRST = request("GET", "/livez")
+LAST = request("GET", "/livez", "Connection: close")
+PUT = b"PUT / HTTP/1.1\r\nHost: a\r\n"
+CHUNKED = PUT + b"Transfer-Encoding: chunked\r\n\r\n"
+
+folder = shared_copy()
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"GET /a?b HTTP/1.9\r\nHost: a\r\n\r\n", Request(b"GET", b"/a?b", b"", True)),
+        (b"\r\nGET / HTTP/1.0\r\nConnection: a, Keep-Alive\r\n\r\n", Request(b"GET", b"/", b"", None)),
+        (b'GET http://a/" HTTP/1.1\r\nHost: [::1]:80\r\n\r\n', Request(b"GET", b'http://a/"', b"", True, {400})),
+        (PUT + b"Content-Length: 2, 2\r\n\r\nab", Request(b"PUT", b"/", b"ab", True, {400})),
+        (CHUNKED + b'02 ; a = "\\""\r\n\r\n\r\n0\r\nA: b\r\n\r\n', Request(b"PUT", b"/", b"\r\n", True)),
+        (PUT + b"A : b\r\n", Incomplete({400})),
+        (PUT + b" b: c\r\n\r\n", Refusal({400})),
+        (PUT + b"\n", Refusal({400})),
+        (b"PRI / HTTP/2.0\r\n\r\n", Refusal({400, 501, 505})),
+        (CHUNKED + b"1\r\nabc", Refusal({400})),
+    ],
+)
+def test_reader(data: bytes, expected: Outcome) -> None:
+    assert read(FIRST + data) == [Request(b"GET", b"/livez", b"", True), expected]
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path, database_url: str) -> Iterator[Server]:
+    with serving(folder, {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}) as server:
+        yield server
+        assert server.complaints == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "cases", "after", "step"),
+    [(b"", CASES, LAST, 10_000), (FIRST, CASES, FIRST + LAST, 10_000), (b"", CASES[::5], LAST, 1)],
+    ids=["whole", "pipelined", "byte by byte"],
+)
+def test_server_agrees(server: Server, before: bytes, cases: list[bytes], after: bytes, step: int) -> None:
+    streams = [before + case + after for case in cases]
+    while batch := streams[:100]:
+        del streams[:100]
+        with ExitStack() as stack:
+            for wire in (wires := connect(server, stack, len(batch))):
+                wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            for position in range(0, max(map(len, batch)), step):
+                for wire, data in zip(wires, batch, strict=True):
+                    wire.send(data[position : position + step])
+                time.sleep(0.002)  # the server reads these before the next ones come
+            for wire, data in zip(wires, batch, strict=True):
+                try:
+                    compare(wire, read(data))
+                except (AssertionError, OSError) as error:
+                    pytest.fail(f"{data!r} must be read as {read(data)}: {error!r}")
+
+
+def compare(wire: Wire, outcomes: list[Outcome]) -> None:
+    for outcome in outcomes:
+        if isinstance(outcome, Incomplete):
+            wire.sock.settimeout(0.05)
+            with suppress(TimeoutError):
+                assert wire.answer().status not in {200, 400, 501, 505} - outcome.refusals
+            return
+        answer = wire.answer()
+        if answer.status in outcome.refusals:
+            break
+        assert isinstance(outcome, Request)
+        assert answer.status not in (400, 501, 505)
+        assert answer.status == 200 or (outcome.method, outcome.target) != (b"GET", b"/livez")
+        if outcome.persists is None and answer.headers.get("connection", "").lower() != "keep-alive":
+            break
+    assert wire.is_closed()
