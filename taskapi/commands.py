@@ -86,7 +86,7 @@ def migrate() -> None:
 
 
 @group.command(
-    epilog=_examples(f"{COMMAND} token me", f'export AUTH="Authorization: Bearer $({COMMAND} token me --expires 15m)"')
+    epilog=_examples(f"{COMMAND} token ann", f'export AUTH="Authorization: Bearer $({COMMAND} token ann --expires 1h)"')
 )
 @click.argument("user", type=_user_id)
 @click.option("--email", help="The user's email address, stored with the first task.")

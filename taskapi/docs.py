@@ -60,7 +60,7 @@ def add_front_page(app: Flask) -> None:
         if not _HOST.fullmatch(host):
             host = f"127.0.0.1:{request.environ['SERVER_PORT']}"
         page = render_template("tryout.html", url=f"{request.scheme}://{host}", links=links, nonce=nonce)
-        policy = f"{BASE_POLICY}; style-src 'nonce-{nonce}'; img-src data:"
+        policy = f"{BASE_POLICY}; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:"
         return _page(Response(page, headers={"Cache-Control": "no-store"}, mimetype="text/html"), policy)
 
 

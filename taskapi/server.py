@@ -53,7 +53,7 @@ WAITRESS: dict[str, Any] = {
 TRYOUT = """
 This is a try-out: its own PostgreSQL keeps the data in {folder}. The token below is valid for a day:
 
-curl -H 'Authorization: Bearer {token}' {url}/api/me/tasks
+curl -H 'Authorization: Bearer {token}' {url}/api/ann/tasks
 """
 
 
@@ -184,7 +184,7 @@ def main() -> None:
             if is_tryout:
                 migrate(database)
                 docs.add_front_page(app)
-                token = tokens.issue_token("me", expires=timedelta(days=1), app=app)
+                token = tokens.issue_token("ann", expires=timedelta(days=1), app=app)
                 tryout = TRYOUT.format(folder=click.format_filename(folder), token=token, url=url)
             if settings.metrics:
                 from . import metrics  # needs an extra

@@ -80,6 +80,11 @@ class Tab:
         self.call("Input.insertText", text=text)
         self.evaluate("document.activeElement.blur()")  # some forms read the field only then
 
+    def press_enter(self, element: str) -> None:
+        """Presses Enter in the field that the expression finds."""
+        self.evaluate(f"{element}.focus()")
+        self.call("Input.dispatchKeyEvent", type="keyDown", key="Enter", text="\r", windowsVirtualKeyCode=13)
+
 
 @contextlib.contextmanager
 def browsing(folder: Path) -> Iterator[Tab]:

@@ -1,17 +1,20 @@
 """The pages for a browser: Swagger UI at /docs, and a try-out's front page."""
 
 import html
+import json
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from flask.testing import FlaskClient
 
 from taskapi import ConfigError, Settings, docs, openapi
 from tests.chromium import Tab, browsing, needs_chromium
+from tests.issuers import mac
 from tests.people import Person, assert_problem, running_app
 from tests.processes import Answer, Server, ask, serving_copy
 
@@ -113,17 +116,17 @@ def test_missing_extra_removes_what_needs_it(package: str, monkeypatch: pytest.M
 # The front page
 
 
-def test_front_page_is_true_reveals_nothing_runs_nothing_and_loads_nothing(server: Server) -> None:
+def test_front_page_is_true_reveals_nothing_and_loads_nothing(server: Server) -> None:
     first, second = ask(server.url, "GET", "/"), ask(server.url, "GET", "/")
     page = first.body.decode()
     (nonce,) = re.findall(r'<style nonce="([\w-]{22})">', page)
-    policy = f"{NOTHING}style-src 'nonce-{nonce}'; img-src data:"
+    policy = f"{NOTHING}script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:"
     assert_page(first, content_type=PARTS["/docs"], content_security_policy=policy, cache_control="no-store")
     assert second.headers["content-security-policy"] != policy
     assert "<code>.taskapi/</code>" in page
     assert links(page) == ["/docs", "/openapi.json", "/readyz"]
     assert [ask(server.url, "GET", link).status for link in links(page)] == [200, 200, 200]
-    forbidden = [(server.folder / ".taskapi" / "secret").read_text(), str(server.folder), "<script", "eyJ"]  # a token
+    forbidden = [(server.folder / ".taskapi" / "secret").read_text(), str(server.folder), "eyJ"]  # a token
     assert not [text for text in forbidden if text in page]
     assert not re.findall(r'(?:src|href)="(?!data:|/[a-z])', page)
 
@@ -173,9 +176,12 @@ def part(selector: str) -> str:
     return f"document.querySelector('.opblock-post {selector}')"
 
 
-def unfold(tab: Tab) -> None:
-    tab.click(part(".opblock-summary-control"))
-    tab.click(part(".try-out__btn"))
+def authorize(tab: Tab, token: str) -> None:
+    """Pastes a token into the dialog, and presses Enter. The dialog closes itself."""
+    tab.click("document.querySelector('.btn.authorize')")
+    tab.type("document.querySelector('.auth-container input')", token)
+    tab.press_enter("document.querySelector('.auth-container input')")
+    tab.wait_for("!document.querySelector('.auth-container')")
 
 
 def send(tab: Tab, body: str, status: int) -> str:
@@ -191,12 +197,11 @@ def send(tab: Tab, body: str, status: int) -> str:
 @needs_chromium
 def test_person_with_a_token_can_work_in_swagger_ui(server: Server, tab: Tab) -> None:
     tab.open(f"{server.url}/docs")
-    tab.click("document.querySelector('.btn.authorize')")
-    tab.type("document.querySelector('.auth-container input')", server.token)
-    tab.click("document.querySelector('.auth-btn-wrapper .authorize')")
-    tab.click("document.querySelector('.auth-btn-wrapper .btn-done')")
-    unfold(tab)
-    tab.type(part('[data-param-name="user_id"] input'), "me")
+    authorize(tab, f" Bearer {server.token} ")
+    tab.wait_for("document.querySelector('[data-param-name=user_id] input')?.value === 'ann'")
+    tab.click("document.querySelector('button.execute')")  # the second click
+    tab.wait_for("document.querySelector('.live-responses-table .response')?.textContent.startsWith('200')")
+    tab.click(part(".opblock-summary-control"))
     assert '"title": "Paint"' in send(tab, '{"title": "Paint"}', 201)
     assert tab.complaints == []
     assert '"pointer": "#/title"' in send(tab, '{"title": " "}', 422)
@@ -222,10 +227,65 @@ def test_page_fits_a_phone_and_follows_dark_mode(server: Server, tab: Tab, path:
     tab.call("Emulation.setDeviceMetricsOverride", width=320, height=700, deviceScaleFactor=1, mobile=True)
     tab.open(server.url + path)
     if path == "/docs":
-        unfold(tab)
+        tab.click(part(".opblock-summary-control"))
+        tab.wait_for(part("button.execute"))
     assert tab.evaluate("document.documentElement.scrollWidth") == 320
     light = tab.evaluate(DARK[path])
     prefer("dark")
     tab.wait_for(f"{DARK[path]} !== {light!r}")
     assert tab.complaints == []
     assert [url for url in tab.requested if not url.startswith((f"{server.url}/", "data:"))] == []
+
+
+@pytest.mark.slow
+@needs_chromium
+@pytest.mark.parametrize(
+    ("claims", "user"),
+    [({"sub": "ünï/1", "user": {"id": "b"}}, "ünï/1"), ({"user": {"id": "b"}}, "b"), ({"sub": 5}, "")],
+)
+def test_user_of_the_token_is_filled_in_everywhere(server: Server, tab: Tab, claims: dict[str, Any], user: str) -> None:
+    fields = "[...document.querySelectorAll('[data-param-name=user_id] input')]"
+    tab.open(f"{server.url}/docs")
+    tab.click(part(".opblock-summary-control"))  # one request is open before, and another after
+    tab.wait_for(f"{fields}.length === 1")
+    authorize(tab, mac(json.dumps(claims, ensure_ascii=False).encode(), b"x"))
+    tab.wait_for(f"{fields}.length === 2")
+    assert tab.evaluate(f"{fields}.map(field => field.value)") == [user, user]
+    if user:
+        tab.type(f"{fields}[1]", "ben/2")
+        assert tab.evaluate(f"{fields}.map(field => field.value)") == ["ben/2", "ben/2"]
+        tab.click("document.querySelector('button.execute')")
+        tab.wait_for("document.querySelector('.live-responses-table .response')?.textContent.startsWith('401')")
+        assert any(url.startswith(f"{server.url}/api/ben%2F2/tasks") for url in tab.requested)
+
+
+@pytest.mark.slow
+@needs_chromium
+def test_errors_are_folded_to_one_line_each(server: Server, tab: Tab) -> None:
+    tab.open(f"{server.url}/docs")
+    tab.click("document.querySelector('.opblock-get .opblock-summary-control')")
+    rows = (
+        "[...document.querySelectorAll('.response')].filter(row => row.checkVisibility()).map(row => row.dataset.code)"
+    )
+    lines = "[...document.querySelectorAll('.responses-table summary')]"
+    tab.wait_for(f"{lines}.length > 3")
+    assert tab.evaluate(rows) == ["200", "304"]
+    shown = tab.evaluate(f"{lines}.map(line => line.textContent)")
+    assert [line[:4] for line in shown] == ["401 ", "403 ", "422 ", "429 ", "500 ", "503 "]
+    assert len({*tab.evaluate(f"{lines}.map(line => line.offsetHeight)")}) == 1
+    tab.click(f"{lines}[2]")
+    assert tab.evaluate(rows) == ["200", "304", "422"]
+
+
+@needs_chromium
+def test_front_page_has_copy_buttons(server: Server, tab: Tab) -> None:
+    tab.open(server.url)
+    tab.call("Emulation.setFocusEmulationEnabled", enabled=True)  # only a page with the focus may use the clipboard
+    tab.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    blocks = tab.evaluate("[...document.querySelectorAll('pre')].map(block => block.textContent)")
+    buttons = "document.querySelectorAll('button')"
+    assert tab.evaluate(f"{buttons}.length") == len(blocks) == 4
+    tab.click(f"{buttons}[1]")
+    tab.wait_for(f"{buttons}[1].textContent === 'Copied'")
+    assert tab.evaluate("navigator.clipboard.readText()") == blocks[1]
+    assert tab.complaints == []

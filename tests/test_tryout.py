@@ -41,7 +41,7 @@ from tests.processes import (
 
 pytestmark = pytest.mark.slow  # as a whole: each test starts a PostgreSQL
 
-TASKS = "/api/me/tasks"
+TASKS = "/api/ann/tasks"
 FLASK = (*PYTHON, "-m", "flask", "--app", "wsgi", "taskapi")
 CAP_DAC_OVERRIDE = 1 << 1  # that capability alone, as /proc/PID/status shows it
 
