@@ -1,4 +1,5 @@
--- Creates what begin_as_user_on_citus.sql calls. Only in a database with Citus: its existence tells the server so.
+-- Only with Citus. Creates the function that begin_as_user_on_citus.sql calls, and by which a server knows that the tables are
+-- distributed.
 -- Parameters: none
 CREATE OR REPLACE FUNCTION taskapi.act_as(user_id text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN

@@ -67,7 +67,7 @@ class BadRequestTask(Task):
         ]
         self.close_on_finish = True
         self.content_length = len(body)
-        self.write(body)
+        self.write(b"" if self.request.command == "HEAD" else body)
 
 
 class Channel(HTTPChannel):

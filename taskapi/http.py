@@ -4,7 +4,6 @@ waitress 3.0.2 accepts requests that a server must refuse (RFC 9112). If a proxy
 client can hide a second request in it (request smuggling). So the head and the chunks of a request are parsed here.
 """
 
-import contextlib
 import ipaddress
 import re
 from http import HTTPStatus
@@ -242,8 +241,7 @@ class Parser(HTTPRequestParser):
 def _is_host(text: str) -> bool:
     """Whether this is a host, with or without a port (RFC 9112 §3.2)."""
     match = _HOST.fullmatch(text)
-    if match and match[1]:
-        with contextlib.suppress(ValueError):
-            return bool(ipaddress.IPv6Address(match[1]))
+    try:
+        return match is not None and (match[1] is None or bool(ipaddress.IPv6Address(match[1])))
+    except ValueError:
         return False
-    return match is not None

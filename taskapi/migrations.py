@@ -16,6 +16,8 @@ from .statements import load_sql
 if TYPE_CHECKING:
     from .db import Database
 
+OWNER_NEEDED = "use the login that owns the schema; it needs `GRANT CREATE ON DATABASE`, with Citus on every node"
+
 
 # A statement with its semicolon. Comments and quoted text may have others. Citus accepts one statement at a time.
 _STATEMENT = re.compile(rb"(?:--[^\n]*|'[^']*'|(\$\w*\$).*?\1|[^;'$-]|[-$])+;?", re.DOTALL)
@@ -44,9 +46,12 @@ def migrate(database: "Database") -> list[str]:
 
 @contextlib.contextmanager
 def _locked(conn: psycopg.Connection[Any]) -> Iterator[psycopg.Cursor[TupleRow]]:
-    with conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
-        cursor.execute(load_sql("lock_migrations"))
-        yield cursor
+    try:
+        with conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+            cursor.execute(load_sql("lock_migrations"))
+            yield cursor
+    except errors.InsufficientPrivilege as error:
+        raise NotReady(f"{error.diag.message_primary}: {OWNER_NEEDED}") from None
 
 
 def _apply_migrations(cursor: psycopg.Cursor[Any], is_citus: bool) -> list[str]:

@@ -211,7 +211,7 @@ def main() -> None:
 
 def raise_connection_limit() -> int:
     """Raises this process's limit of file descriptors as far as needed and allowed. Returns the number of connections
-    that it allows: a connection needs one, and a second one while a large body or answer is on disk."""
+    that it allows: a connection needs one, and a second one while a file of /docs is sent."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft = max(soft, min(hard, 2 * MAX_CONNECTIONS + 40))
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from taskapi.schemas import MAX_BODY, MAX_BULK
-from tests.people import SECRET
+from tests.people import SECRET, mint
 from tests.processes import Server, copied, request, serving, wait_until
 from tests.servers import NO_TEMPFILE, create_long_list
 
@@ -34,8 +34,8 @@ JUNK = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJtZSJ9.AAAA"
 POST = request("POST", TASKS, "Transfer-Encoding: chunked", token=JUNK)
 
 
-def attacks(long: bytes) -> list[bytes]:
-    """What the clients send and do not go on with; `long` is a request for a list of 2 MiB."""
+def attacks(longs: list[bytes]) -> list[bytes]:
+    """What the clients send and do not go on with; `longs` are requests for lists of 2 MiB."""
     return [
         request("POST", TASKS, token=JUNK, body=b"[%s]" % (b"x" * (MAX_BULK - 2)))[:-1],
         request("POST", TASKS, body=b"x" * MAX_BULK)[:-1],
@@ -49,14 +49,14 @@ def attacks(long: bytes) -> list[bytes]:
         request("GET", TASKS)[:-2],
         request("GET", TASKS, token=JUNK) * 100,
         b"GET / HTTP/1.1\r\nHost:\r\n\r\n" * 5_000,
-        *[long, long * 3] * 3,
+        *longs,
+        *[long * 3 for long in longs],
     ]
 
 
 def attack(server: Server, seconds: float) -> Counter[int]:
     """Sends what hostile clients send, and keeps the connections open. Returns the statuses that a good client got."""
-    user = f"reader-{secrets.token_hex(6)}"
-    sent = attacks(create_long_list(server, user))
+    sent = attacks([create_long_list(server, f"reader-{secrets.token_hex(6)}") for _ in range(3)])
     address = urlsplit(server.url)
     statuses: Counter[int] = Counter()
     end = time.monotonic() + seconds
@@ -84,11 +84,15 @@ def attack(server: Server, seconds: float) -> Counter[int]:
     return statuses
 
 
+def memory(pid: int, kind: str = "VmRSS") -> int:
+    """The memory of a process in MB, or the most that it ever had (VmHWM)."""
+    (found,) = re.findall(rf"{kind}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found) // 1024
+
+
 def usage(pid: int) -> dict[str, int]:
-    """The most memory that a process ever had, in MB, and its open descriptors and threads."""
-    (peak,) = re.findall(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    count = {name: len(os.listdir(f"/proc/{pid}/{name}")) for name in ("fd", "task")}
-    return {"peak memory": int(peak) // 1024, "descriptors": count["fd"], "threads": count["task"]}
+    descriptors, threads = (len(os.listdir(f"/proc/{pid}/{name}")) for name in ("fd", "task"))
+    return {"peak memory, MB": memory(pid, "VmHWM"), "descriptors": descriptors, "threads": threads}
 
 
 def main(minutes: float) -> bool:
@@ -101,7 +105,9 @@ def main(minutes: float) -> bool:
     ):
         pid = server.popen.pid
         with ThreadPoolExecutor(16) as pool:  # opens all connections to PostgreSQL
-            assert set(pool.map(lambda _: server.ask("GET", TASKS).status, range(64))) == {200}
+            users = [f"user-{number}" for number in range(64)]
+            statuses = pool.map(lambda user: server.ask("GET", f"/api/{user}/tasks", token=mint(user)).status, users)
+            assert set(statuses) == {200}
         before = usage(pid)
         print(before)
         print("statuses of a good client:", attack(server, 60 * minutes))
@@ -109,7 +115,7 @@ def main(minutes: float) -> bool:
         after = usage(pid)
         print(after)
         print(*server.complaints[:10], sep="\n")
-        return after["peak memory"] < MAX_MEMORY and after["threads"] == before["threads"] and not server.complaints
+        return memory(pid, "VmHWM") < MAX_MEMORY and after["threads"] == before["threads"] and not server.complaints
 
 
 if __name__ == "__main__":

@@ -42,7 +42,8 @@ def next_url(response: Answer) -> str | None:
 
 def read_pages(person: Person, path: str, **query: Any) -> tuple[list[Item], str]:
     """All items, and the Sync-Time of the first response."""
-    response = person.open(path, query_string=query)
+    while (response := person.open(path, query_string=query)).status_code == 429:  # others work at the same time
+        time.sleep(0.01)
     items, sync_time = list(response.json), response.headers["Sync-Time"]
     while url := next_url(response):
         response = person.open(url)
