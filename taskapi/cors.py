@@ -46,6 +46,9 @@ def add_hook(state: BlueprintSetupState) -> None:
 
     @state.app.after_request
     def add_headers_without_route(response: Response) -> Response:
-        if response.status_code >= 400 and request.url_rule is None and request.path.startswith(prefix):
-            add_headers(response)
-        return response
+        if response.status_code < 400 or request.url_rule is not None or not request.path.startswith(prefix):
+            return response
+        method = request.headers.get("Access-Control-Request-Method")
+        if method and request.headers.get("Origin") in get_api().settings.cors_origins:
+            response = Response(headers={"Allow": method})  # a page can read a 404 only after a successful preflight
+        return add_headers(response)

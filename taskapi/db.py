@@ -228,9 +228,9 @@ class Database:
 
     def _find_read_problem(self, user_id: str, deadline: float) -> str | None:
         try:
-            self.run("list_tasks", {**FIRST_PAGE, "user_id": user_id}, deadline)
-        except (DatabaseUnavailable, UnexpectedDatabaseError) as error:
-            return str(error)
+            self._run_once("list_tasks", {**FIRST_PAGE, "user_id": user_id}, deadline)
+        except psycopg.Error as error:
+            return str(self._translate(error, "list_tasks", is_read=True))
         return None
 
     def _some_node_answers(self, deadline: float) -> bool:

@@ -1,7 +1,5 @@
-"""Idempotency-Key (draft-ietf-httpapi-idempotency-key-header): reads the key and hashes the body.
-
-The repetition itself is in tasks.create_task, create_tasks.sql and get_repeat.sql.
-"""
+"""Idempotency-Key (draft-ietf-httpapi-idempotency-key-header): reads the key and hashes the body. The repetition itself
+is in tasks.create_task, create_tasks.sql and get_repeat.sql."""
 
 import hashlib
 import json

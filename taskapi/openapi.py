@@ -38,26 +38,19 @@ def document(app: Flask) -> Json:
     components = spec["components"]
     components["parameters"]["Idempotency-Key"]["schema"]["pattern"] = KEY_PATTERN
     _add_schemas(components["schemas"], converter)
-    for schema in QUERIES.values():
-        for parameter in converter.schema2parameters(schema, location="query"):
-            components["parameters"][parameter["name"]] |= parameter
-    components["parameters"]["priority"]["schema"]["items"] = _reference("schemas/Priority")
-    components["parameters"]["sort"]["schema"] = _reference("schemas/Sort")
+    queries = spec.pop("x-query-parameters")
     views = {view: rule.rule for rule in app.url_map.iter_rules() if (view := app.view_functions.get(rule.endpoint))}
     rules = {view.__name__: rule for view, rule in views.items() if view.__module__.startswith(f"{__package__}.")}
     templates, spec["paths"] = spec["paths"], {}
     for item in templates.values():
         operations = {operation["operationId"]: operation for name, operation in item.items() if name != "parameters"}
         for name in QUERIES.keys() & operations.keys():
-            parameters = [_reference(f"parameters/{parameter}") for parameter in QUERIES[name].fields]
-            operations[name]["parameters"] = parameters + operations[name]["parameters"]
+            operations[name]["parameters"][:0] = [
+                {**one, **queries[one["name"]]} for one in converter.schema2parameters(QUERIES[name], location="query")
+            ]
         if (name := next(iter(operations))) in rules:  # an embedding app may have no health checks
             spec["paths"][path_template(rules[name])] = item
     return spec
-
-
-def _reference(name: str) -> Json:
-    return {"$ref": f"#/components/{name}"}
 
 
 def _add_schemas(schemas: Json, converter: Any) -> None:

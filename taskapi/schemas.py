@@ -151,22 +151,16 @@ class FilterSchema(_Schema):
 
 
 class PageSchema(_Schema):
-    """The parameters of a page."""
-
     limit = fields.Integer(load_default=MAX_TASKS, pre_load=_parse_limit, metadata={"minimum": 1, "maximum": MAX_TASKS})
     cursor = fields.String()
 
 
 class ListSchema(FilterSchema, PageSchema):
-    """The parameters of a list."""
-
     sort = fields.String(validate=validate.OneOf(SORTS))
     count = _flag()
 
 
 class DeletionsSchema(PageSchema):
-    """The parameters of a list of deletions."""
-
     since = _time(required=True, error_messages={"required": "Is required: the Sync-Time of an earlier answer."})
 
 

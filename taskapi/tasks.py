@@ -97,23 +97,21 @@ def list_deletions(user_id: str) -> Response:
 def create_task(user_id: str) -> Response:
     tasks, is_array = parsing.load_tasks()
     repeat = idempotency.read_key([tasks, is_array])
-    user, max_tasks = _user(), get_api().settings.max_tasks
+    user, max_tasks = cast(User, current_context().user), get_api().settings.max_tasks
     values = {"tasks": json.dumps([*map(add_search_texts, tasks)]), "count": len(tasks), "max_tasks": max_tasks}
-    too_many = [("#", f"A user has at most {max_tasks:,} tasks: delete some first.")]
     for _ in range(3):
         if repeat["key"] and (response := _repeat(repeat, is_array)):
             return response
-        if len(tasks) > max_tasks:
-            parsing.refuse("pointer", too_many)
         with contextlib.suppress(DuplicateKey):  # a request with this key was faster, or an expired one is not cleared
-            row = _change("create_tasks", email=user.email, name=user.name, **values, **repeat)
+            is_possible = len(tasks) <= max_tasks
+            row = _change("create_tasks", email=user.email, name=user.name, **values, **repeat) if is_possible else None
             break
         _run("delete_expired")
     else:
         abort(problems.unavailable("The user is being deleted: retry."))
-    body, tag, id, count, is_new, _ = row or _not_found()
-    if int(count) < len(tasks):
-        parsing.refuse("pointer", too_many)
+    if row is None or int(row[3]) < len(tasks):
+        parsing.refuse("pointer", [("#", f"A user has at most {max_tasks:,} tasks: delete some first.")])
+    body, tag, id, _, is_new, _ = row
     if is_new == b"t":
         log_event("new user", user=user_id)
     return _created(body, tag, id, is_array)
@@ -164,18 +162,14 @@ bp.record(methods.add_rules)
 bp.record(cors.add_hook)
 
 
-def _user() -> User:
-    return cast(User, current_context().user)  # the guard has set it
-
-
 def _run(statement: str, **params: Any) -> Row | None:
     """Runs sql/{statement}.sql as the request's user, and returns its row or None."""
-    api, request_context, user = get_api(), current_context(), _user()
-    started = time.monotonic()
+    request_context, started = current_context(), time.monotonic()
+    user_id = cast(User, request_context.user).id  # the guard has set it
     if request_context.deadline is None:
         request_context.deadline = started + POOL_TIMEOUT + STATEMENT_DEADLINE
     try:
-        return api.database.run(statement, {"user_id": user.id, **params}, request_context.deadline)
+        return get_api().database.run(statement, {"user_id": user_id, **params}, request_context.deadline)
     finally:
         request_context.database_seconds += time.monotonic() - started
 
@@ -184,9 +178,9 @@ def _change(statement: str, **params: Any) -> Row | None:
     """As `_run`, for a change. If the last column says that rows of the user have expired, deletes those too."""
     row = _run(statement, nonce=random.getrandbits(31), **params)
     if row and row[-1] == b"t":
-        deadline = time.monotonic() + STATEMENT_DEADLINE
+        current_context().deadline = time.monotonic() + STATEMENT_DEADLINE
         with contextlib.suppress(DatabaseUnavailable, UnexpectedDatabaseError):  # the next change tries again
-            get_api().database.run("delete_expired", {"user_id": _user().id}, deadline)
+            _run("delete_expired")
     return row
 
 
@@ -221,7 +215,7 @@ def _created(body: bytes, tag: bytes, id: bytes, is_array: bool) -> Response:
     if is_array:
         return _answer(body, status=201)
     response = _answer(body[1:-1], tag, 201)  # the only element of an array
-    response.headers["Location"] = url_for(".get_task", user_id=_user().id, id=id.decode()).rstrip("/")
+    response.headers["Location"] = url_for(".get_task", **(request.view_args or {}), id=id.decode()).rstrip("/")
     return response
 
 

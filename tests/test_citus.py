@@ -153,6 +153,31 @@ def test_without_a_node_its_users_get_503_at_once_and_all_others_are_served(
     assert check(app) == {}
 
 
+TRIGGER = """
+    SET citus.enable_ddl_propagation TO off; SET citus.enable_manual_changes_to_shards TO on;
+    CREATE FUNCTION public.fail() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN RAISE EXCEPTION 'at commit'; END $$;
+    CREATE CONSTRAINT TRIGGER fail AFTER INSERT ON {} DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW EXECUTE FUNCTION public.fail()
+"""
+
+
+def test_a_commit_that_fails_on_a_node_is_of_unknown_outcome(conn: psycopg.Connection, app: Flask) -> None:
+    ann = Person(app.test_client(), f"ann-{secrets.token_hex(6)}")
+    task = ann.create()
+    name = (
+        "SELECT shard_name(t, get_shard_id_for_distribution_column(t, %s::text)) FROM to_regclass('taskapi.tasks') AS t"
+    )
+    [(shard,)] = conn.execute(name.encode(), [ann.user]).fetchall()
+    with psycopg.connect(node_of(conn, ann.user), autocommit=True) as node:
+        node.execute(TRIGGER.format(shard).encode())
+        try:
+            assert_problem(ann.request("POST", json={"title": "t"}), 503, detail=OUTCOME_UNKNOWN)
+        finally:
+            node.execute("DROP FUNCTION public.fail CASCADE")
+    assert ann.list() == [task]
+
+
 def test_check_reads_and_writes_through_every_node_and_migrate_repairs_it(conn: psycopg.Connection, app: Flask) -> None:
     for node in people_of_nodes(conn, app):
         for right in ("SELECT", "INSERT"):

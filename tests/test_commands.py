@@ -22,11 +22,12 @@ from psycopg.conninfo import make_conninfo
 from taskapi.checks import load_migrations
 from taskapi.commands import NOT_CHECKED, group
 from taskapi.statements import load_sql
+from tests import citus
 from tests.clusters import Database
 from tests.issuers import Signer, publishing
 from tests.people import SECRET, UNREACHABLE, Person, running_app
 from tests.plans import ON_ROWS, REQUESTS, USER_COLUMNS
-from tests.processes import PYTHON, TIMEOUT, environment, readme, shared_copy
+from tests.processes import PYTHON, TIMEOUT, environment, readme, shared_copy, wait_until
 
 COMMANDS = ["check", "delete-user", "export", "metrics", "migrate", "token"]
 MANY = 30_000
@@ -353,7 +354,8 @@ def test_delete_user_waits_for_a_change_in_progress(app: Flask, postgres: Databa
         assert (result.exit_code, result.output) == (1, "Error: canceling statement due to lock timeout\n")
         with ThreadPoolExecutor(1) as threads:
             waiting = threads.submit(run, app, "delete-user", ann.user, "--yes")
-            postgres.wait_for_backends("transactionid")
+            with psycopg.connect(postgres.url, autocommit=True) as other:
+                wait_until(lambda: citus.waits(other, conn), "the command waits")
             conn.commit()
         assert waiting.result().output == f"deleted '{ann.user}', tasks: 2\n"
     assert rows_of(postgres, ann.user) == [0] * 4

@@ -191,7 +191,9 @@ def test_the_hosts_own_pages_are_left_alone(host: Flask) -> None:
     person = Person(host.test_client(), "ann", prefix="/todo")
     assert_readable(fetch(person, "GET"))
     assert preflight(person, "POST").headers["Access-Control-Allow-Origin"] == ORIGIN
-    assert_readable(fetch(person, "GET", "/1/2"))  # 404 of the host, under the prefix
+    assert preflight(person, "PUT", "/1/2").headers["Access-Control-Allow-Methods"] == "PUT"
+    assert fetch(person, "PUT", "/1/2").status_code == 404  # the host's, under the prefix
+    assert_readable(fetch(person, "PUT", "/1/2"))
     for method, path in (("GET", "/"), ("OPTIONS", "/"), ("GET", "/nope"), ("POST", "/"), ("GET", "/todos/nope")):
         headers = {"Origin": ORIGIN, "Access-Control-Request-Method": "GET"}
         assert_nothing_granted(host.test_client().open(path, method=method, headers=headers), vary=None)
@@ -239,7 +241,7 @@ def test_a_browser_lets_a_configured_origin_in_and_no_other(database_url: str, p
         assert server.ask("GET", tasks, token=mint(user)).json == []
     succeeded = {"created": 201, "listed": 200, "completed": 200, "deleted": 200}
     statuses = {name: answer[0] for name, answer in found[0].items()}
-    assert statuses == {**succeeded, "gone": 404, "blank": 422, "unknown": 401}
+    assert statuses == {**succeeded, "gone": 404, "nowhere": 404, "blank": 422, "unknown": 401}
     assert found[0]["listed"][1] == [found[0]["created"][1]]
     assert found[0]["blank"][1]["errors"][0]["pointer"] == "#/title"
     assert 'error="invalid_token"' in found[0]["unknown"][2]["www-authenticate"]

@@ -83,7 +83,7 @@ def test_embedding_app_works_as_pasted(tmp_path: Path, new_database: Callable[..
 def test_database_prepared_as_pasted_has_logins_to_migrate_and_to_serve(new_database: Callable[..., str]) -> None:
     url = new_database()
     name = conninfo_to_dict(url)["dbname"]
-    roles = {role: f"{role}_{secrets.token_hex(4)}" for role in ("taskapi_owner", "taskapi_server")}
+    roles = {role: f"{role}_{secrets.token_hex(4)}" for role in ("taskapi_owner", "taskapi_server", "taskapi_backup")}
     prepare = readme(language="sql").replace("DATABASE tasks", f"DATABASE {name}")
     prepare = prepare.replace("CREATE ROLE taskapi_user NOLOGIN;", "")
     for role, own in roles.items():
@@ -100,8 +100,10 @@ def test_database_prepared_as_pasted_has_logins_to_migrate_and_to_serve(new_data
             with psycopg.connect(logins["taskapi_server"]) as server, pytest.raises(errors.InsufficientPrivilege):
                 server.execute("CREATE TABLE taskapi.more ()")
         finally:
+            conn.execute("DROP SCHEMA IF EXISTS taskapi CASCADE")
             for own in roles.values():
-                conn.execute(f"DROP OWNED BY {own}; DROP ROLE {own}".encode())
+                conn.execute(f"DROP OWNED BY {own}".encode())
+                conn.execute(f"DROP ROLE {own}".encode())
 
 
 def test_every_route_is_named(app: Flask) -> None:

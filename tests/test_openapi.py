@@ -1,5 +1,6 @@
 """The OpenAPI document is complete and true: the server does what it says, and a client generated from it works."""
 
+import importlib.util
 import json
 import os
 import re
@@ -122,6 +123,7 @@ def test_schemas_have_the_members_and_defaults_of_a_new_task(document: Document,
     assert [{*body} for body in bodies] == [{*new}, {*new}, {*read_only, "is_completed"}, {*new}]
     assert not [member for body in bodies for member in body.values() if "default" in member]
     assert all("type" in body[name] for body in bodies for name in read_only)
+    assert not re.search("maxLength|pattern", json.dumps(task))  # older versions of zod count an emoji as two characters
 
 
 def test_every_parameter_has_a_description(document: Document, operations: Operations) -> None:
@@ -130,7 +132,7 @@ def test_every_parameter_has_a_description(document: Document, operations: Opera
     parameters += document["components"]["parameters"].values()
     assert [part["name"] for part in parameters if not part.get("description")] == []
     query = {part["name"]: part for part in parameters if part["in"] == "query"}
-    assert set(query) == {*schemas.LIST.fields, *schemas.DELETIONS.fields}
+    assert set(query) == set(schemas.LIST.fields)
     repeatable = {name for name, part in query.items() if part["schema"].get("type") == "array"}
     assert repeatable == {"priority", "tag"}
     assert all((query[name]["style"], query[name]["explode"]) == ("form", True) for name in repeatable)
@@ -294,27 +296,79 @@ needs_node = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm"
 
 @pytest.mark.slow
 @needs_node
-def test_generated_client_compiles_and_does_the_tour(document: Document, database_url: str, tmp_path: Path) -> None:
+def test_clients_generated_for_typescript_compile_and_do_the_tour(
+    document: Document, database_url: str, tmp_path: Path
+) -> None:
     client, env = tmp_path / "client", dict(os.environ)
     shutil.copytree(CHECKOUT / "tests" / "typescript", client)
     (client / "openapi.json").write_text(json.dumps(document))
     run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"], client, env)
-    tool, options = "node_modules/.bin/openapi-typescript", ["-o", "schema.d.ts", "--default-non-nullable=false"]
-    run([tool, "openapi.json", *options], client, env)
+    run(["node_modules/.bin/openapi-typescript", "openapi.json", "-o", "schema.d.ts"], client, env)
+    run(["node_modules/.bin/openapi-ts"], client, env)
     run(["node_modules/.bin/tsc"], client, env)
-    user = f"ann-{secrets.token_hex(6)}"
+    types = (client / "schema.d.ts").read_text()
+    assert all(f" {name}: {{\n" in types for name in ("NewTask", "TaskChanges", "TaskState", "Task"))
     variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
     with serving_copy(tmp_path, variables) as server:
-        output = run(["node", "tour.js"], client, env | {"URL": server.url, "USER": user, "TOKEN": mint(user)})
+        outputs = []
+        for script in ("tour.js", "validated.js"):
+            user = f"ann-{secrets.token_hex(6)}"
+            done = run(["node", script], client, env | {"URL": server.url, "USER": user, "TOKEN": mint(user)})
+            outputs.append(json.loads(done))
+    tour, validated = outputs
     stale = "It was changed since you read it. Nothing was changed now."
-    expected = {"changed": "about the boat", "completed": True, "same": True, "chosen": ["Sail"]}
-    assert json.loads(output) == {
-        **expected,
-        "stale": stale,
-        "deleted": True,
-        "gone": [True] * 3,
-        "rest": ["Paint", "Sail"],
-    }
+    expected = {"changed": "about the boat", "completed": True, "same": True, "chosen": ["Sail"], "stale": stale}
+    assert tour == {**expected, "deleted": True, "gone": [True] * 3, "rest": ["Paint", "Sail"]}
+    gone = "No task with this id."
+    assert validated == {"read": True, "done": True, "listed": ["high"], "deleted": 1, "gone": gone}
+
+
+PYTHON_TOUR = """
+import os
+from taskapi_client import AuthenticatedClient
+from taskapi_client.api.tasks import complete_task, create_task, get_task, list_deletions, list_tasks, update_task
+from taskapi_client.models import NewTask, Priority, Problem, Sort, Task, TaskChanges, ValidationProblem
+
+user = os.environ["USER"]
+client = AuthenticatedClient(base_url=os.environ["URL"], token=os.environ["TOKEN"])
+created = create_task.sync(user, client=client, body=NewTask(title="Paint", priority=Priority.HIGH, tags=["boat"]))
+assert isinstance(created, Task)
+task = get_task.sync(user, created.id, client=client)
+assert isinstance(task, Task)
+new = NewTask(task.title, description=task.description, due_at=task.due_at, priority=task.priority, tags=task.tags)
+both = create_task.sync(user, client=client, body=[new, NewTask(title="Sail")])
+assert isinstance(both, list)
+changed = update_task.sync(user, task.id, client=client, body=TaskChanges(priority=both[0].priority))
+assert isinstance(changed, Task)
+done = complete_task.sync(user, task.id, client=client)
+assert isinstance(done, Task) and done.completed_at
+listed = list_tasks.sync(user, client=client, sort=Sort("-priority"), priority=[Priority.HIGH])
+assert isinstance(listed, list)
+refused = create_task.sync(user, client=client, body=NewTask(title=" "))
+assert isinstance(refused, ValidationProblem)
+missing = get_task.sync(user, 2**62, client=client)
+assert isinstance(missing, Problem)
+assert list_deletions.sync(user, client=client, since=done.completed_at) == []
+print([task.title for task in listed], refused.errors[0].pointer, missing.status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("openapi_python_client"), reason="needs openapi-python-client")
+def test_client_generated_for_python_is_typed_strictly_and_does_the_tour(
+    document: Document, database_url: str, tmp_path: Path
+) -> None:
+    (tmp_path / "openapi.json").write_text(json.dumps(document))
+    (tmp_path / "tour.py").write_text(PYTHON_TOUR)
+    env, client = dict(os.environ) | {"PYTHONPATH": f"{tmp_path / 'client'}"}, ["--output-path", "client"]
+    run([sys.executable, "-m", "openapi_python_client", "generate", "--path", "openapi.json", *client], tmp_path, env)
+    run([sys.executable, "-m", "mypy", "--strict", "tour.py"], tmp_path, env)
+    user = f"ann-{secrets.token_hex(6)}"
+    with serving_copy(tmp_path, {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}) as server:
+        output = run(
+            [sys.executable, "tour.py"], tmp_path, env | {"URL": server.url, "USER": user, "TOKEN": mint(user)}
+        )
+    assert output == "['Paint', 'Paint'] #/title 404\n"
 
 
 @needs_node

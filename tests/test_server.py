@@ -133,6 +133,10 @@ def test_request_is_read_in_any_pieces(wire: Wire) -> None:
         assert wire.send(whole[:cut], whole[cut:]).answer().status == 201, cut
 
 
+def test_head_with_bare_line_feeds_is_refused_at_once(wire: Wire) -> None:
+    assert_problem(wire.send(b"GET / HTTP/1.0\n\n").answer(), 400)
+
+
 @pytest.mark.parametrize(
     ("target", "host", "path"),
     [("http://a:80?b", "a:80", "/"), ("HTTPS://[::1]/c%20d", "[::1]", "/c d"), ("//a/b", "evil.example", "//a/b")],
@@ -172,7 +176,9 @@ def test_body_of_the_limit_is_read(wire: Wire) -> None:
         assert_problem(wire.send(post(body(length))).answer(), 422)
     assert_problem(wire.send(post(object_of(MAX_BODY), method="PUT")).answer(), 422)
     assert wire.send(post(TASK + b" " * (MAX_BODY - len(TASK)))).answer().status == 201
-    assert wire.send(post(b"[%s]" % (TASK + b" " * (MAX_BULK - len(TASK) - 2)))).answer().status == 201
+    array = b"[%s]" % (TASK + b" " * (MAX_BULK - len(TASK) - 2))
+    for target in (TASKS, f"{TASKS}/"):
+        assert wire.send(request("POST", target, token=TOKEN, body=array)).answer().status == 201
 
 
 @SERVED
