@@ -251,11 +251,11 @@ class BetterAuth:
             return json.load(response), {name: morsel.coded_value for name, morsel in found.items()}
 
 
-def install_better_auth(folder: Path) -> None:
-    """Installs the server of tests/better_auth into `folder`; npm keeps its modules in pytest's cache."""
-    source = CHECKOUT / "tests" / "better_auth"
+def install_node_package(name: str, folder: Path) -> None:
+    """Installs tests/{name} into `folder`; npm keeps its modules in pytest's cache."""
+    source = CHECKOUT / "tests" / name
     version = hashlib.sha256((source / "package-lock.json").read_bytes()).hexdigest()[:12]
-    cache = CHECKOUT / ".pytest_cache" / f"better_auth-{version}"
+    cache = CHECKOUT / ".pytest_cache" / f"{name}-{version}"
     shutil.copytree(source, cache, dirs_exist_ok=True)
     with (cache / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait
@@ -264,8 +264,7 @@ def install_better_auth(folder: Path) -> None:
             done = subprocess.run(command, cwd=cache, capture_output=True, text=True, timeout=120, check=False)
             assert done.returncode == 0, done.stderr
             (cache / "installed").touch()
-    folder.mkdir(exist_ok=True)
-    shutil.copy(source / "server.mjs", folder)
+    shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / "node_modules").symlink_to(cache / "node_modules")
 
 

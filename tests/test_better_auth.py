@@ -3,9 +3,12 @@
 import functools
 import secrets
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
+from pathlib import Path
+from typing import Any
 
 import jwt
 import psycopg
@@ -14,9 +17,10 @@ from flask.testing import FlaskClient
 
 from taskapi import Settings, create_app, keys
 from taskapi.context import get_api
-from tests.issuers import BetterAuth, Visitor, better_auth, install_better_auth, mac
+from tests.chromium import browsing, needs_chromium, serving_pages
+from tests.issuers import BetterAuth, Visitor, better_auth, install_node_package, mac
 from tests.people import SECRET, Person, assert_problem
-from tests.processes import wait_until
+from tests.processes import readme, serving_copy, wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -39,7 +43,7 @@ def shared_url(new_database: Callable[..., str]) -> str:
 def start(tmp_path_factory: pytest.TempPathFactory, shared_url: str) -> Iterator[Start]:
     """Starts a Better Auth, unless one with this mode and these variables runs."""
     folder = tmp_path_factory.mktemp("better_auth")
-    install_better_auth(folder)
+    install_node_package("better_auth", folder)
     with ExitStack() as stack:
 
         @functools.cache
@@ -152,3 +156,66 @@ def test_tokens_from_before_and_after_a_rotation_of_secrets_are_accepted(
         assert_problem(Person(client, before.id, token_of(stranger)).request("GET"), 401)
     with api(shared_url, BETTER_AUTH_SECRET=NEW) as client:
         assert_problem(Person(client, before.id, token_of(before)).request("GET"), 401)
+
+
+@needs_chromium
+def test_react_recipe_works_as_pasted(start: Start, shared_url: str, tmp_path: Path) -> None:
+    install_node_package("react", tmp_path / "page")
+    with ExitStack() as stack:
+        origin = f"http://127.0.0.1:{stack.enter_context(serving_pages(tmp_path / 'page'))}"
+        home = start("jwks", BETTER_AUTH_SECRET=SECRET, EXPIRES="3s", TRUSTED_ORIGINS=origin)
+        variables = {"DATABASE_URL": shared_url, "BETTER_AUTH_URL": home.url, "CORS_ORIGINS": origin}
+        server = stack.enter_context(serving_copy(tmp_path, variables))
+        recipe = readme("Better Auth", "jsx").replace("https://auth.example.com", home.url)
+        (tmp_path / "page" / "tasks.jsx").write_text(recipe.replace("https://tasks.example.com", server.url))
+        bundle = "node_modules/.bin/esbuild main.jsx --bundle --jsx=automatic --outfile=page.js"
+        subprocess.run(bundle.split(), cwd=tmp_path / "page", capture_output=True, check=True)
+        tab = stack.enter_context(browsing(tmp_path / "browser"))
+
+        def shows(tasks: dict[str, bool]) -> None:
+            labels = "[...document.querySelectorAll('label')].map(one => [one.textContent, one.firstChild.checked])"
+            wait_until(lambda: dict(tab.evaluate(labels)) == tasks, f"{tasks} are shown")
+            tab.wait_for("!document.querySelector('input:disabled')")  # the outcome is known
+
+        def toggle_first() -> bool:
+            """Whether the page shows the outcome at once."""
+            box = "document.querySelector('label input')"
+            before = tab.evaluate(f"{box}.checked")
+            return tab.evaluate(f"{box}.click(), Promise.resolve().then(() => {box}.checked)") is not before
+
+        def elsewhere(method: str, path: str = "", body: Any = None) -> Any:
+            """What another client of this user does."""
+            return server.ask(method, f"/api/{visitor.id}/tasks{path}", body, visitor.token()).json
+
+        message = "document.querySelector('output')?.textContent"
+        tab.open(origin)
+        tab.wait_for(f"{message} === 'Sign in first.'")
+        visitor = home.sign("up", new_name())
+        for name, value in visitor.cookies.items():
+            tab.call("Network.setCookie", name=name, value=value, url=home.url)
+        paint = elsewhere("POST", body={"title": "Paint"})
+        tab.open(f"{origin}/?")
+        shows({"Paint": False})
+        tab.type("document.querySelector('input[name=title]')", "Sail")
+        tab.click("document.querySelector('button')")
+        shows({"Paint": False, "Sail": False})
+        assert toggle_first()
+        shows({"Paint": True, "Sail": False})
+        assert [task["is_completed"] for task in elsewhere("GET")] == [True, False]
+
+        for title in ("Paint the boat", "Paint the door"):  # the page has a tag, and then only the list
+            elsewhere("PUT", f"/{paint['id']}", {"title": title})
+            assert toggle_first()
+            shows({title: True, "Sail": False})
+            tab.wait_for(message)
+            assert [task["is_completed"] for task in elsewhere("GET")] == [True, False]
+        assert [one for one in tab.complaints if "412" in one]
+
+        tokens = tab.requested.count(f"{home.url}/api/auth/token")
+        time.sleep(3)  # the token expires
+        assert toggle_first()
+        shows({"Paint the door": False, "Sail": False})
+        tab.wait_for(f"{message} === ''")
+        assert "401" in tab.complaints[-1]
+        assert tab.requested.count(f"{home.url}/api/auth/token") > tokens
+        assert [task["is_completed"] for task in elsewhere("GET")] == [False, False]

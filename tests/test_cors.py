@@ -1,11 +1,8 @@
 """CORS: what a page of a configured origin may request and read, and that other origins get nothing."""
 
-import functools
 import secrets
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -18,9 +15,9 @@ import taskapi
 from taskapi import Settings, db
 from taskapi.context import get_api
 from taskapi.db import Database
-from tests.chromium import browsing, needs_chromium
+from tests.chromium import browsing, needs_chromium, serving_pages
 from tests.people import SECRET, Answer, Person, assert_problem, mint, running_app
-from tests.processes import copied, serving
+from tests.processes import CHECKOUT, copied, serving
 
 ORIGIN = "https://app.example.com"
 LOCAL = "http://127.0.0.1:5173"
@@ -212,19 +209,10 @@ def test_an_answer_of_the_host_keeps_its_status(host: Flask) -> None:
         assert_readable(response)
 
 
-class Pages(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A port that serves tests/browser."""
-    handler = functools.partial(Pages, directory=Path(__file__).with_name("browser"))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as pages:
-        Thread(target=pages.serve_forever, args=[0.01]).start()
-        yield pages.server_port
-        pages.shutdown()
+    with serving_pages(CHECKOUT / "tests" / "browser") as port:
+        yield port
 
 
 @needs_chromium

@@ -2,6 +2,7 @@
 //   MODE               jwks (EdDSA key set) | hs256 (own jwt.sign; the session_data cookie is a JWT, too)
 //   PORT               0 or unset: any free one
 //   DATABASE_URL       PostgreSQL; the tables go into the schema "better_auth"
+//   EXPIRES            how long a token is valid: 15m by default
 //   TRUSTED_ORIGINS    comma-separated; these origins also get CORS headers
 //   BETTER_AUTH_SECRET, BETTER_AUTH_SECRETS ("2:new,1:old") are read by Better Auth itself
 // When ready it prints one line: {"url": "http://127.0.0.1:PORT"}
@@ -14,7 +15,7 @@ import { toNodeHandler } from "better-auth/node";
 import { jwt } from "better-auth/plugins";
 import pg from "pg";
 
-const { MODE = "jwks", PORT = "0", DATABASE_URL, TRUSTED_ORIGINS = "" } = process.env;
+const { MODE = "jwks", PORT = "0", DATABASE_URL, EXPIRES = "15m", TRUSTED_ORIGINS = "" } = process.env;
 const trustedOrigins = TRUSTED_ORIGINS.split(",").filter(Boolean);
 
 // Listen first: the base URL, which is also the tokens' iss and aud, holds the port.
@@ -23,7 +24,7 @@ await once(server.listen(Number(PORT), "127.0.0.1"), "listening");
 const baseURL = `http://127.0.0.1:${server.address().port}`;
 
 const modes = {
-  jwks: () => ({ plugins: [jwt()] }),
+  jwks: () => ({ plugins: [jwt({ jwt: { expirationTime: EXPIRES } })] }),
   hs256: () => ({
     session: { cookieCache: { enabled: true, strategy: "jwt", maxAge: 300 } },
     plugins: [
