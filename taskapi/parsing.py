@@ -1,9 +1,11 @@
 """Bodies and query strings: parses them strictly, checks them with a schema, and answers 400, 413, 415 or 422."""
 
+import contextlib
 import difflib
 import functools
 import itertools
 import json
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any, NoReturn
 from urllib.parse import parse_qs, quote
@@ -20,16 +22,24 @@ OTHER_NAMES = {
     "status": "is_completed", "done": "is_completed", "search": "q", "query": "q", "order": "sort", "order_by": "sort",
     "page": "cursor", "skip": "cursor", "offset": "cursor", "page_size": "limit", "per_page": "limit",
 }  # fmt: skip
+_LARGE_BODY = threading.Lock()  # 1 MiB of JSON can take 90 MB as Python objects: one at a time
 _REPEATABLE = {name for name, field in LIST.fields.items() if isinstance(field, fields.List)}
 
 
 def load_tasks() -> tuple[list[dict[str, Any]], bool]:
     """The tasks in the request's body, checked as in `load_body`, and whether they came in an array."""
-    body = _read_json(MAX_BULK)
-    is_array = isinstance(body, list)
-    if is_array and len(body) > MAX_TASKS:
-        refuse("pointer", [("#", f"Must have at most {MAX_TASKS} tasks.")])
-    loaded = _load(TASK, body, many=is_array)
+    request.max_content_length = MAX_BULK
+    is_large = len(request.get_data()) > MAX_BODY  # read before the lock, which a slow client must not hold
+    with _LARGE_BODY if is_large else contextlib.nullcontext():
+        body = _read_json(MAX_BULK)
+        is_array = isinstance(body, list)
+        if is_array and len(body) > MAX_TASKS:
+            errors = [("#", f"Must have at most {MAX_TASKS} tasks.")]
+        else:
+            loaded, errors = _load(TASK, body, many=is_array)
+        del body  # before the next one is parsed
+    if errors:
+        refuse("pointer", errors)
     return (loaded if is_array else [loaded]), is_array
 
 
@@ -37,9 +47,12 @@ def load_body(schema: Schema, *, may_be_empty: bool = False) -> dict[str, Any]:
     """The request's body: strict JSON (else 400), of the right type (415) and size (413), as the schema says (422)."""
     if may_be_empty and not (request.content_length or "Transfer-Encoding" in request.headers):
         return {}
-    members: dict[str, Any] = _load(schema, _read_json(MAX_BODY))
-    if not members and not may_be_empty:
-        refuse("pointer", [("#", "At least one field is required.")])
+    members: dict[str, Any]
+    members, errors = _load(schema, _read_json(MAX_BODY))
+    if not (members or errors or may_be_empty):
+        errors = [("#", "At least one field is required.")]
+    if errors:
+        refuse("pointer", errors)
     return members
 
 
@@ -96,11 +109,13 @@ def _unique_members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return members
 
 
-def _load(schema: Schema, body: Any, *, many: bool = False) -> Any:
+def _load(schema: Schema, body: Any, *, many: bool = False) -> tuple[Any, list[tuple[str, str]]]:
+    """What the schema makes of the body, or what is wrong with it."""
     try:
-        return schema.load(body, many=many)
+        return schema.load(body, many=many), []
     except ValidationError as error:
-        refuse("pointer", _find_errors(schema, error.messages_dict))
+        error.__traceback__ = None  # with it the error would keep the body, and itself, until the next full gc
+        return {}, [*itertools.islice(_find_errors(schema, error.messages_dict), MAX_ERRORS)]
 
 
 def _find_errors(schema: Schema, messages: dict[Any, Any], pointer: str = "#") -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from flask import Blueprint, Flask, Response, current_app, g, got_request_exception, request
+from werkzeug import Response as BaseResponse
 from werkzeug.exceptions import HTTPException, default_exceptions
 from werkzeug.http import HTTP_STATUS_CODES
 
@@ -54,9 +55,9 @@ def register_handlers(scope: Flask | Blueprint) -> None:
     scope.register_error_handler(Exception, _answer_defect)
 
 
-def _answer_http_error(error: HTTPException) -> Response | HTTPException:
+def _answer_http_error(error: HTTPException) -> BaseResponse:
     if error.response is not None or error.code is None or error.code < 400:
-        return error
+        return error.get_response()  # not the error: with its traceback it would keep the body until the next full gc
     headers = {name: value for name, value in error.get_headers() if name != "Content-Type"}
     detail = error.description  # may be an embedding app's: abort(403, "maintenance")
     if detail == default_exceptions.get(error.code, HTTPException).description:

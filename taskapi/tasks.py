@@ -49,7 +49,7 @@ class UserId(BaseConverter):
 
 
 class TaskId(BaseConverter):
-    """Any text except `tasks`: /x/tasks/tasks is the list of the user x/tasks. No task has the id 0."""
+    """Any text except `tasks`: /x/tasks/tasks is the list of the user x/tasks. 0 for what is no id."""
 
     regex = "(?!tasks(?:/|$))[^/]+"
 
@@ -141,6 +141,8 @@ def get_task(user_id: str, id: int) -> Response:
 
 @bp.put(TASK_PATH, **RULE)
 def update_task(user_id: str, id: int) -> Response:
+    if id == 0:  # 404 comes before what is wrong with the body
+        _not_found()
     changes = add_search_texts(parsing.load_body(schemas.CHANGES))
     return _change_task("update_task", id=id, changes=json.dumps(changes))
 
@@ -154,6 +156,8 @@ def delete_task(user_id: str, id: int) -> Response:
 
 @bp.patch(STATE_PATH, **RULE)
 def complete_task(user_id: str, id: int) -> Response:
+    if id == 0:
+        _not_found()
     state = parsing.load_body(schemas.STATE, may_be_empty=True)
     return _change_task("update_task", id=id, changes=json.dumps(state) if state else None)
 

@@ -11,6 +11,7 @@ from flask import Flask
 from taskapi.db import Database
 from taskapi.limits import Concurrency
 from tests import crowd
+from tests.citus import needs_postgresql
 from tests.people import Person
 
 
@@ -47,6 +48,7 @@ def test_quick_requests_are_not_slow_and_slow_ones_are_forgotten() -> None:
     assert "ann" not in concurrency._paid_at
 
 
+@needs_postgresql  # a create takes longer with Citus
 def test_changes_that_wait_for_each_other_are_not_slow(app: Flask, alice: Person) -> None:
     """Each takes 30 ms at the database, so the fourth ends after 120 ms."""
     alice.create()

@@ -15,6 +15,7 @@ from psycopg.conninfo import conninfo_to_dict
 from taskapi import statements
 from taskapi.context import get_api
 from taskapi.statements import load_sql
+from tests.citus import needs_postgresql
 from tests.people import Person, running_app
 from tests.processes import environment, free_port, started
 
@@ -95,6 +96,7 @@ def assert_clean(url: str, apps: list[Flask]) -> None:
         work(app)
 
 
+@needs_postgresql  # Citus has connections of its own
 def test_concurrent_users_share_the_connections_and_see_their_own_tasks(apps: list[Flask], pooled_url: str) -> None:
     with ThreadPoolExecutor(18) as threads:
         list(threads.map(work, apps * 6))

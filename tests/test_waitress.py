@@ -303,6 +303,17 @@ def test_memory_for_answers_is_bounded(start: Start, long: bytes) -> None:
         assert server.complaints == []
 
 
+def test_large_arrays_of_good_users_take_memory_one_after_another(server: Server) -> None:
+    """One with a valid token can take 90 MB as Python objects."""
+    bodies = [b"[%s]" % b",".join([b"{}"] * 340_000), b'[{"x": [%s]}]' % b",".join([b"{}"] * 340_000)]
+    with ExitStack() as stack:
+        wires = connect(server, stack, 16)
+        for wire, user, body in zip(wires, USERS[:16], bodies * 8, strict=True):
+            wire.send(request("POST", f"/api/{user}/tasks", token=mint(user), body=body))
+        assert {wire.answer().status for wire in wires} == {422}
+    assert memory(server.popen.pid, "VmHWM") < 200
+
+
 def test_hostile_traffic_leaves_nothing(server: Server) -> None:
     """A short form of `python -m tests.hostile`."""
     assert hostile.attack(server, 4).keys() == {200}
