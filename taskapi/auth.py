@@ -51,7 +51,8 @@ def end_request(_: object = None) -> None:
     if context.user_requests and context.user:
         seconds = 0 if api.database.is_down else context.database_seconds  # the user has not caused an outage
         is_change = context.request.method not in ("GET", "HEAD")  # changes of one user wait for each other
-        api.limits.concurrency.end(context.user.id, seconds / context.user_requests if is_change else seconds)
+        seconds /= context.user_requests if is_change else 1
+        api.limits.concurrency.end(context.user.id, seconds, is_change)
 
 
 def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:

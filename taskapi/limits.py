@@ -29,10 +29,10 @@ STORE_COOLDOWN = 5  # seconds without rate limits after the store failed: in tha
 PRIVATE = [
     ip_network(net) for net in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1", "fc00::/7")
 ]
-SLOW = 0.05  # seconds at the database from which on a request is slow: less does not keep others waiting
-SHARE = 0.5  # of the time of one connection: slow requests that take more count against their user,
-TOLERANCE = 1  # from this number of seconds on,
-MAX_DEBT = 5  # and for this number of seconds at most
+SLOW = 0.05  # seconds at the database from which on a request is slow
+SHARE = 0.5  # of the time of one connection: what a user's requests take beyond it counts as a debt
+TOLERANCE = 1  # seconds of debt that have no consequence
+MAX_DEBT = 5  # seconds until a debt is forgotten, at most
 
 
 class MemoryStore:
@@ -79,44 +79,47 @@ class Concurrency:
     """Counts the requests in progress, and refuses those of a user who would keep others waiting.
 
     A user has at most half of the database connections, which are as many as the server's threads. Several users could
-    together have all of them. So a user whose slow requests take more than SHARE has only a quarter, and one while half
-    of all connections are in use.
+    together have all of them. So while half of the connections are in use, a user in debt has only one, and before that
+    a quarter of them, if the last request was slow.
     """
 
     def __init__(self, max_connections: int) -> None:
         self._limit = max(1, max_connections // 2)
         self._total = 0
         self._counts: dict[str, int] = {}  # of the users with requests in progress
-        # By time.monotonic(), when SHARE will be as much as the user's slow requests took; the last change is the last.
-        self._paid_at: OrderedDict[str, float] = OrderedDict()
+        # By time.monotonic(), when the debt of a user will be zero, and whether the last request was slow.
+        self._debts: OrderedDict[str, tuple[float, bool]] = OrderedDict()
         self._lock = threading.Lock()
 
     def start(self, user_id: str) -> int:
         """Counts a request, which must `end`. Returns how many the user has in progress, or 0 if it must be refused."""
         with self._lock:
             count, limit = self._counts.get(user_id, 0), self._limit
-            if self._paid_at.get(user_id, 0) > time.monotonic() + TOLERANCE:
-                limit = 1 if self._total >= limit else max(1, limit // 2)
+            debt_end, is_slow = self._debts.get(user_id, (0, False))
+            if debt_end > time.monotonic() + TOLERANCE:
+                limit = 1 if self._total >= limit else max(1, limit // 2) if is_slow else limit
             if count >= limit:
                 return 0
             self._counts[user_id] = count + 1
             self._total += 1
         return count + 1
 
-    def end(self, user_id: str, seconds: float) -> None:
-        """Ends a request that took `seconds` of the database's time."""
+    def end(self, user_id: str, seconds: float, is_change: bool) -> None:
+        """Ends a request that took `seconds` of the database's time. A quick change causes no debt: most of its time it
+        waits for the disk."""
+        now = time.monotonic()
         with self._lock:
             count = self._counts.pop(user_id)
             self._total -= 1
             if count > 1:
                 self._counts[user_id] = count - 1
-            if seconds > SLOW:
-                now = time.monotonic()
-                while self._paid_at and next(iter(self._paid_at.values())) < now:
-                    self._paid_at.popitem(last=False)
-                paid_at = max(now, self._paid_at.get(user_id, 0)) + seconds / SHARE
-                self._paid_at[user_id] = min(paid_at, now + MAX_DEBT)
-                self._paid_at.move_to_end(user_id)
+            if is_change and seconds <= SLOW:
+                return
+            while self._debts and next(iter(self._debts.values()))[0] < now:
+                self._debts.popitem(last=False)
+            debt_end, _ = self._debts.pop(user_id, (now, False))
+            debt_end = min(max(now, debt_end) + seconds / SHARE, now + MAX_DEBT)
+            self._debts[user_id] = debt_end, seconds > SLOW  # at the end: the last one that changed
 
 
 class Limits:

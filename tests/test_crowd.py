@@ -11,7 +11,6 @@ from flask import Flask
 from taskapi.db import Database
 from taskapi.limits import Concurrency
 from tests import crowd
-from tests.citus import needs_postgresql
 from tests.people import Person
 
 
@@ -21,34 +20,35 @@ def test_user_has_half_of_the_connections_by_the_exact_id() -> None:
     for _ in range(4):
         assert all(concurrency.start(user) for user in people)
     assert not any(concurrency.start(user) for user in people)
-    concurrency.end("ann", 0)
+    concurrency.end("ann", 0, False)
     assert [concurrency.start(user) for user in ("Ann", "ann", "ann")] == [0, 4, 0]
 
 
-def test_user_with_slow_requests_has_fewer_while_others_wait() -> None:
+def test_user_in_debt_has_fewer_while_others_wait() -> None:
     concurrency = Concurrency(8)
-    for user in ("ann", "ben"):
-        assert concurrency.start(user)
-        concurrency.end(user, 2)
-        assert [concurrency.start(user) for _ in range(3)] == [1, 2, 0]
-    concurrency.end("ben", 0)
-    assert concurrency.start("cleo")
-    assert not concurrency.start("ben")  # half of the connections are in use: one for each
-    assert [concurrency.start("cleo") for _ in range(4)] == [2, 3, 4, 0]
+    for user, seconds in (("ann", 2), ("ben", 2), ("cleo", 0.04)):
+        for _ in range(50 if user == "cleo" else 1):  # many quick requests
+            assert concurrency.start(user)
+            concurrency.end(user, seconds, False)
+    assert [concurrency.start("ann") for _ in range(3)] == [1, 2, 0]
+    assert [concurrency.start("ben") for _ in range(3)] == [1, 2, 0]
+    concurrency.end("ben", 0, False)
+    assert [concurrency.start("cleo") for _ in range(2)] == [1, 0]  # half of the connections are in use: one for each
+    assert not concurrency.start("ben")
+    assert [concurrency.start("dan") for _ in range(5)] == [1, 2, 3, 4, 0]
 
 
-def test_quick_requests_are_not_slow_and_slow_ones_are_forgotten() -> None:
+def test_few_requests_and_quick_changes_cause_no_debt_and_a_debt_ends() -> None:
     concurrency = Concurrency(8)
     for number in range(1_000):
-        for user, seconds in (("ann", 0.045), (f"person-{number}", 0.06)):
+        for user, seconds, is_change in (("ann", 0.045, True), (f"person-{number}", 0.02, False)):
             assert concurrency.start(user)
-            concurrency.end(user, seconds)
+            concurrency.end(user, seconds, is_change)
         time.sleep(0.001)
-    assert len(concurrency._paid_at) < 200
-    assert "ann" not in concurrency._paid_at
+    assert len(concurrency._debts) < 200
+    assert "ann" not in concurrency._debts
 
 
-@needs_postgresql  # a create takes longer with Citus
 def test_changes_that_wait_for_each_other_are_not_slow(app: Flask, alice: Person) -> None:
     """Each takes 30 ms at the database, so the fourth ends after 120 ms."""
     alice.create()
