@@ -11,6 +11,7 @@ from flask import Flask
 from taskapi.db import Database
 from taskapi.limits import Concurrency
 from tests import crowd
+from tests.citus import needs_postgresql
 from tests.people import Person
 
 
@@ -49,6 +50,7 @@ def test_few_requests_and_quick_changes_cause_no_debt_and_a_debt_ends() -> None:
     assert "ann" not in concurrency._debts
 
 
+@needs_postgresql  # with Citus a create takes longer
 def test_changes_that_wait_for_each_other_are_not_slow(app: Flask, alice: Person) -> None:
     """Each takes 30 ms at the database, so the fourth ends after 120 ms."""
     alice.create()

@@ -85,7 +85,7 @@ def server(running: Server) -> Iterator[Server]:
     pid = running.popen.pid
     descriptors, threads = count_descriptors(pid), len(os.listdir(f"/proc/{pid}/task"))
     yield running
-    assert running.ask("GET", TASKS).status == 200
+    wait_until(lambda: running.ask("GET", TASKS).status == 200, "no request is in progress")
     wait_until(lambda: count_descriptors(pid) <= descriptors + 5, "connections and files are closed")
     assert len(os.listdir(f"/proc/{pid}/task")) <= threads
     assert running.complaints == []
