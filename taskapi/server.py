@@ -31,7 +31,7 @@ REQUEST_TIMEOUT = 30  # seconds to receive a whole request, to send a whole answ
 LINGER = 1  # seconds for which a stopping server keeps idle connections: a client may have sent a request already
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_REQUESTS_MEMORY = 32 * 2**20  # bytes that unanswered requests may take, beside SMALL_REQUEST for each connection
-MAX_ANSWERS_MEMORY = 64 * 2**20  # bytes of answers that have not been read
+MAX_ANSWERS_MEMORY = 48 * 2**20  # bytes of unread answers; may be a third more until connections are closed
 MEMORY_CHECK = 2**20  # bytes received between two checks of the memory that requests take
 DRAIN_TIMEOUT = 30  # seconds for which a stopping server waits for requests in progress and unread answers
 

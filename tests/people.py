@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -73,6 +74,13 @@ class Person:
         assert response.status_code == 201, response.text
         task: dict[str, Any] = response.json
         return task
+
+
+def next_url(response: TestResponse) -> str:
+    """The URL of the next page, or nothing."""
+    link = response.headers.get("Link", '<>; rel="next"')
+    assert re.fullmatch('<[!-~]*>; rel="next"', link)
+    return link.partition(">")[0].strip("<")
 
 
 def assert_problem(response: TestResponse, status: int, **members: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg import sql
 
 from taskapi.pipeline import to_positional
@@ -21,18 +22,13 @@ OF_NO_USER = ["grant_access", "list_node_users", "list_undistributed_tables"]
 MIGRATING = ["fill_search_texts", "list_unfolded_tasks", *OF_NO_USER]
 """Those that only commands run, with the rights of the login."""
 
-VALUES: dict[str, Any] = {
-    "is_completed": "false",
-    "priority": ["none", "high"],
-    "tag": ["x"],
-    "due_before": "9999-01-01",
-    "due_after": "0001-01-01",
-    "updated_since": "2000-01-01",
-    "q": ["%e%"],
-}
+VALUES: dict[str, Any] = {"is_completed": "false", "priority": ["none", "high"], "tag": ["x"]}
+VALUES |= {"due_before": "9999-01-01", "due_after": "0001-01-01", "updated_since": "2000-01-01", "q": ["%e%"]}
 """A value of each filter."""
 
 COUNT = {"count": 1, "max_tasks": 9}
+TAG = {"if_match": ['"x"']}
+UNMATCHED = {"if_match": [], **VALUES}
 AFTER: dict[str, Any] = {"after": "2000-01-01", "after_id": 1}
 SORTED: list[dict[str, Any]] = [
     *({"sort": "-created_at", "after": "infinity", "after_id": 1}, {"sort": "due_at", **AFTER}),
@@ -48,22 +44,20 @@ REQUESTS: list[tuple[str, dict[str, Any]]] = [
     *(("list_deletions", {"limit": 1000, "since": "2000-01-01", **more}) for more in ({}, AFTER)),
     *(("get_user", {}), ("get_task", {"id": 6}), ("get_repeat", {"key": "k", "digest": "d"})),
     *(("create_tasks", {"tasks": "[]", "nonce": 1, **COUNT, **more}) for more in ({}, {"key": "k", "digest": "d"})),
-    *(
-        ("update_task", {"id": 6, "nonce": 1, **more})
-        for more in ({}, {"changes": '{"title": "t"}'}, {"if_match": ['"x"']})
-    ),
-    *(("delete_task", {"id": 6, "nonce": 1, **more}) for more in ({}, {"if_match": ['"x"']})),
-    *(
-        ("delete_tasks", {"limit": 9, "nonce": 1, **more})
-        for more in ({"is_completed": True}, {"if_match": [], **VALUES})
-    ),
+    *(("update_task", {"id": 6, "nonce": 1, **more}) for more in ({}, {"changes": '{"title": "t"}'}, TAG)),
+    *(("delete_task", {"id": 6, "nonce": 1, **more}) for more in ({}, TAG)),
+    *(("delete_tasks", {"limit": 9, "nonce": 1, **more}) for more in ({"is_completed": True}, UNMATCHED)),
     ("delete_expired", {}),
 ]
 """A statement, and the parameters that a request gives it."""
 
-COMMANDS: list[tuple[str, dict[str, Any]]] = [
-    *(("export_tasks", {}), ("lock_user", {}), ("delete_user", {}), ("upsert_user", {"nonce": 1, **COUNT})),
-]
+CASES = [*REQUESTS, ("export_tasks", {}), ("lock_user", {}), ("delete_user", {})]
+CASES += [("upsert_user", {"nonce": 1, **COUNT})]
+"""These and the statements of the commands."""
+
+each_statement = pytest.mark.parametrize(
+    ("name", "given"), CASES, ids=[f"{number} {name}" for number, (name, _) in enumerate(CASES)]
+)
 
 
 def explain(conn: psycopg.Connection, name: str, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -86,8 +80,7 @@ def explain(conn: psycopg.Connection, name: str, given: dict[str, Any]) -> tuple
         found = conn.execute(command).fetchone()
         conn.execute("DEALLOCATE it")
     assert found
-    plan: dict[str, Any] = found[0][0]["Plan"]
-    return plan, may_prepare
+    return found[0][0]["Plan"], may_prepare
 
 
 def scans(plan: dict[str, Any], *tables: str) -> Iterator[dict[str, Any]]:
@@ -99,5 +92,4 @@ def scans(plan: dict[str, Any], *tables: str) -> Iterator[dict[str, Any]]:
 
 
 def rows_read(scan: dict[str, Any]) -> int:
-    rows: int = scan["Actual Rows"] + scan.get("Rows Removed by Filter", 0)
-    return rows
+    return int(scan["Actual Rows"] + scan.get("Rows Removed by Filter", 0))

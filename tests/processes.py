@@ -87,6 +87,14 @@ def wait_until(happened: Callable[[], Any], what: str) -> None:
         time.sleep(0.01)
 
 
+@contextlib.contextmanager
+def within(seconds: float, at_least: float = 0) -> Iterator[None]:
+    """The body of the with block takes no longer than that, and at least so long."""
+    start = time.monotonic()
+    yield
+    assert at_least <= time.monotonic() - start < seconds
+
+
 def processes_in(folder: Path) -> set[int]:
     """The processes whose working directory is `folder` or below it, such as all of a PostgreSQL."""
     found = set()

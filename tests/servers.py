@@ -5,8 +5,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import LiteralString
 
@@ -95,8 +94,13 @@ def tasks_locked(url: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: wait_until(lambda: len(other.execute(waiting).fetchall()) >= count, f"{count} wait")
 
 
-def connect(server: Server, stack: ExitStack, count: int) -> list[Wire]:
-    return [stack.enter_context(Wire(server.url)) for _ in range(count)]
+@contextlib.contextmanager
+def connected(server: Server, sent: int | Sequence[bytes]) -> Iterator[list[Wire]]:
+    """So many connections, or one for each of these bytes, which are sent there once all are open."""
+    parts = [b""] * sent if isinstance(sent, int) else sent
+    with contextlib.ExitStack() as stack:
+        wires = [stack.enter_context(Wire(server.url)) for _ in parts]
+        yield [wire.send(part) for wire, part in zip(wires, parts, strict=True)]
 
 
 def create_long_list(server: Server, user: str) -> bytes:

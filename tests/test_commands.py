@@ -16,8 +16,6 @@ import psycopg
 import pytest
 from click.testing import Result
 from flask import Flask
-from psycopg import sql
-from psycopg.conninfo import make_conninfo
 
 from taskapi.checks import load_migrations
 from taskapi.commands import NOT_CHECKED, group
@@ -197,15 +195,6 @@ def test_check_reports_an_outdated_schema(new_database: Callable[..., str], data
         assert run(app, "migrate").stdout == "".join(f"applied {name}\n" for name in load_migrations())
         assert run(app, "migrate").stdout == "the schema is up to date\n"
         assert check(app) == {}
-
-
-def test_check_reports_a_login_without_the_role(postgres: Database) -> None:
-    name = f"outsider_{secrets.token_hex(6)}"
-    postgres.run(sql.SQL("CREATE ROLE {} LOGIN").format(sql.Identifier(name)))
-    with running_app(make_conninfo(postgres.url, user=name)) as app:
-        problems = check(app)
-        assert f"must run `GRANT taskapi_user TO {name}" in problems["schema"]
-        assert error_of(app, "export me") == f"Error: {problems['schema']}\n"
 
 
 def test_check_reports_what_cannot_be_reached_without_its_passwords() -> None:

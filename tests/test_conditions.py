@@ -1,9 +1,7 @@
 """Conditional requests: ETag, If-Match and If-None-Match, on tasks and on lists."""
 
 import re
-import secrets
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -11,8 +9,7 @@ import pytest
 from flask import Flask
 
 from taskapi.db import Database
-from tests.people import SECRET, Answer, Person, assert_problem, mint
-from tests.processes import Wire, copied, request, serving
+from tests.people import Answer, Person, assert_problem
 
 STRONG = re.compile(r'"[!#-~]+"')
 WRITES: list[tuple[str, str, Any]] = [
@@ -156,18 +153,3 @@ def test_an_unchanged_list_is_not_built(alice: Person, monkeypatch: pytest.Monke
         assert_not_modified(read(alice, tag, query=query), tag)
     assert statements == ["get_user"] * 3
     assert_problem(read(alice, tag, query="x=1"), 422)
-
-
-def test_304_has_no_body_and_keeps_the_connection_open(database_url: str, tmp_path: Path) -> None:
-    user = f"wire-{secrets.token_hex(6)}"
-    token, target = mint(user), f"/api/{user}/tasks"
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
-    with copied(tmp_path / "checkout") as folder, serving(folder, variables) as server, Wire(server.url) as wire:
-        created = wire.send(request("POST", target, token=token, body=b'{"title": "t"}')).answer()
-        for path in (target, f"{target}/{created.json['id']}"):
-            tag = wire.send(request("GET", path, token=token)).answer().headers["etag"]
-            for method in ("GET", "HEAD") * 2:
-                again = wire.send(request(method, path, f"If-None-Match: {tag}", token=token)).answer(method)
-                assert (again.status, again.headers["etag"]) == (304, tag)
-                assert not {"content-length", "transfer-encoding", "connection"} & set(again.headers)
-        assert wire.send(request("GET", target, token=token)).answer().json == [created.json]

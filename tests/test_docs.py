@@ -19,8 +19,8 @@ from taskapi.checks import load_migrations
 from taskapi.config import VARIABLES, Settings
 from taskapi.context import get_api
 from taskapi.migrations import migrate
-from tests.people import SECRET, Person, mint, running_app
-from tests.processes import CHECKOUT, ask, environment, free_port, readme, serving_copy, started
+from tests.people import Person, running_app
+from tests.processes import readme, serving_copy
 
 README = readme()
 
@@ -64,19 +64,6 @@ def test_tour_works_as_pasted(tmp_path: Path) -> None:
     assert re.findall(r"^\d+ (.*)$", output, re.MULTILINE) == ["Buy milk", "Paint", "Sail", "Call Ann today", "Rent"]
     assert "304\n" in output
     assert output.endswith("2\n")  # Paint and Sail are completed
-
-
-def test_embedding_app_works_as_pasted(tmp_path: Path, new_database: Callable[..., str]) -> None:
-    (tmp_path / "myapp.py").write_text(readme(language="python"))
-    port = free_port()
-    variables = {"DATABASE_URL": new_database(migrated=True), "TASKS_SECRET": SECRET, "SESSION_SECRET": "s"}
-    env = environment(**variables, PYTHONPATH=str(CHECKOUT))
-    with started([sys.executable, "-m", "flask", "--app=myapp", "run", f"--port={port}"], tmp_path, env) as process:
-        process.wait_for("Running on")
-        url = f"http://127.0.0.1:{port}"
-        assert ask(url, "GET", "/").body == b"The app's own page, as before."
-        assert ask(url, "POST", "/todo/ann/tasks", {"title": "a"}, mint("ann")).status == 201
-        assert ask(url, "GET", "/todo/ann/tasks").status == 401
 
 
 @pytest.mark.usefixtures("database_url")  # its migration has created taskapi_user: roles belong to the cluster

@@ -80,12 +80,6 @@ def site(server: KeyServer, monkeypatch: pytest.MonkeyPatch) -> Site:
     return site
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, seconds in (("TIMEOUT", 0.3), ("COOLDOWN", 0.1)):
-        monkeypatch.setattr(keys, name, seconds)
-
-
 def failures(caplog: pytest.LogCaptureFixture, server: KeyServer) -> list[tuple[str, dict[str, Any]]]:
     """The messages and fields of failed fetches from this server."""
     records = [record for record in caplog.records if server.origin in vars(record).get("url", "")]
@@ -383,8 +377,10 @@ FAULTS: dict[str, list[issuers.Behaviour]] = {
 
 @pytest.mark.parametrize(("reason", "number"), [(reason, n) for reason in FAULTS for n in range(len(FAULTS[reason]))])
 def test_failing_server_costs_little_time_and_known_keys_keep_working(
-    quick: None, site: Site, caplog: pytest.LogCaptureFixture, reason: str, number: int
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str, number: int
 ) -> None:
+    for name, seconds in (("TIMEOUT", 0.3), ("COOLDOWN", 0.1)):
+        monkeypatch.setattr(keys, name, seconds)
     token = SIGNER.token("u")
     site.cache(token)
     site.server.behave = FAULTS[reason][number]
@@ -421,7 +417,8 @@ def test_log_of_a_failure_holds_no_secret(server: KeyServer, caplog: pytest.LogC
     assert not any(secret in message + str(fields) for secret in ("hunter2", token))
 
 
-def test_unknown_kid_is_401_and_while_the_server_is_down_503(site: Site) -> None:
+def test_unknown_kid_is_401_and_while_the_server_is_down_503(site: Site, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "taskapi")
     with running_app(secrets=(), jwks_url=site.server.url) as app:  # without a database: its best answer is 403
         known, unknown = (Person(app.test_client(), "another", signer.token("u")) for signer in (SIGNER, OTHER))
         response = unknown.request("GET")
@@ -433,6 +430,7 @@ def test_unknown_kid_is_401_and_while_the_server_is_down_503(site: Site) -> None
             response = unknown.request("GET")
             assert_problem(response, 503, detail="The keys that verify tokens cannot be fetched now.")
             assert response.headers["Retry-After"] == "2"
+            assert vars(caplog.records[-1])["reason"] == "The key server cannot be reached."
         assert_problem(known.request("GET"), 403)
         site.server.up()
         site.ahead += keys.COOLDOWN

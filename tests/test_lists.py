@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from taskapi.schemas import LIST, PRIORITIES, SORTS
 from tests import citus
-from tests.people import Answer, Person, assert_problem
+from tests.issuers import encode
+from tests.people import Person, assert_problem, next_url
 from tests.processes import wait_until
 
 DAY = "2026-12-{:02}T00:00:00.000000Z"
@@ -33,17 +34,8 @@ def titles(tasks: list[dict[str, Any]]) -> str:
     return "".join(task["title"] for task in tasks)
 
 
-def next_page(response: Answer) -> str | None:
-    """The URL of the next page."""
-    if "Link" not in response.headers:
-        return None
-    found = re.fullmatch(r'<([!-~]+)>; rel="next"', response.headers["Link"])
-    assert found
-    return found[1]
-
-
 def cursor_of(person: Person, **query: Any) -> str:
-    found = re.search(r"cursor=([\w-]+)$", next_page(person.request("GET", query_string={"limit": 1, **query})) or "")
+    found = re.search(r"cursor=([\w-]+)$", next_url(person.request("GET", query_string={"limit": 1, **query})))
     assert found
     return found[1]
 
@@ -54,7 +46,7 @@ def pages(person: Person, query: dict[str, Any], between: Callable[[], object] =
     while True:
         assert response.status_code == 200, response.text
         yield response.json
-        if (url := next_page(response)) is None:
+        if not (url := next_url(response)):
             return
         between()
         response = person.open(url)
@@ -220,7 +212,7 @@ def test_a_link_keeps_the_parameters(alice: Person) -> None:
     alice.create("other")
     query = {"tag": ["&", "x y"], "q": "größe", "limit": 2, "sort": "-title", "is_completed": "false", "count": "true"}
     assert [len(page) for page in pages(alice, query)] == [2, 2, 1]
-    url = next_page(alice.request("GET", query_string=query)) or ""
+    url = next_url(alice.request("GET", query_string=query))
     assert url.startswith(f"{alice.tasks}?")
     assert alice.open(url).headers["X-Total-Count"] == "5"
 
@@ -268,17 +260,16 @@ def test_a_link_is_short_enough_for_proxies(alice: Person) -> None:
     assert [len(page) for page in pages(alice, query)] == [1, 1]
 
 
-def encoded(position: Any) -> str:
-    return base64.urlsafe_b64encode(json.dumps(position).encode()).decode().rstrip("=")
-
-
 POSITIONS: list[Any] = [
     *(None, "a", 5, True, [], {}, "", "\0", "\ud800", "x" * 70_000, "now", "epoch", "NaN", "infinity", "-infinity"),
     *("1", "0", "5", "-1", "2026-01-01", "2026-02-30 00:00:00+00", "0001-01-01 00:00:00+00", "10000-01-01 00:00:00+00"),
     *("2026-01-01 00:00:00", "4714-11-24 00:00:00+00 BC", "'", "2026-W01-1", "20260101T000000Z", "24:00"),
     *("2026-01-01 00:00:00+24:00", "0001-01-01 00:00:00+23:59", "9999-12-31 23:59:59-23:59", "2026-01-01T24:00:00+00"),
+    *("2026-01-01 00:00:00+00:00:30.5", "2026-01-01 00:00:00.1234567+00", "2026-01-01 00:00:00+00'", "--infinity"),
+    *("２０２６-01-01 00:00:00+00", "0000-01-01 00:00:00+00", "1e400", "9" * 400, "high", "🦀", "$1", "%(after)s"),
 ]
-IDS = [0, -1, 2**63 - 1, 2**63, 1.5, "1", None, True]
+IDS: list[Any] = [0, -1, 2**63 - 1, 2**63, 10**400, 1.5, "1", "1; DROP TABLE x", None, True, [], {}]
+NO_POSITIONS = [b"", b"[", b"[" * 5_000, b"\xff", b"\xef\xbb\xbf[]", b"[NaN]", b"1" * 5_000, '["x"]'.encode("utf-16")]
 
 
 @pytest.mark.parametrize("sort", SORTS)
@@ -289,23 +280,16 @@ def test_a_forged_cursor_is_422_or_a_page_of_ones_own_tasks(alice: Person, bob: 
     digest, after, after_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
     own = [task["id"] for task in alice.list()]
     assert after_id in own
-    refused = [[], [digest], {}, "x", [digest, after], [digest, after, after_id, 1], ["0" * 16, after, after_id]]
+    refused = [[], [digest], {}, "x", [digest, after], [digest, after, after_id, 1], *NO_POSITIONS]
+    refused += [[other, after, after_id] for other in ("0" * 16, None, 1, "", digest[:-1], digest.upper(), [digest])]
     unsure = [*([digest, one, after_id] for one in POSITIONS), *([digest, after, id] for id in IDS)]
-    texts = [
-        "",
-        "null",
-        "\0",
-        "٣" * 40,
-        cursor[:-4],
-        cursor[:21],
-        cursor * 50,
-        "A" * 64,
-        "[" * 9000,
-        f"{cursor[:9]} {cursor[9:]}",
-    ]
-    for forged in [*texts, *(encoded(position) for position in refused + unsure)]:
+    texts = ["", "null", "\0", "é", "a=b", "٣" * 40, cursor[:-4], cursor[:21], cursor * 50, "A" * 64, "[" * 9000]
+    texts += [f"{cursor[:9]} {cursor[9:]}", *map(encode, refused)]
+    deletions = f"{alice.tasks[:-5]}deletions"
+    for forged in [*texts, *map(encode, unsure)]:
+        assert_problem(alice.open(deletions, query_string={"since": DAY.format(1), "cursor": forged}), 422)
         response = alice.request("GET", query_string={"sort": sort, "cursor": forged})
-        if response.status_code == 200 and forged not in [encoded(position) for position in refused]:
+        if response.status_code == 200 and forged not in texts:
             assert {task["id"] for task in response.json} <= {*own}
         else:
             assert [error["parameter"] for error in assert_problem(response, 422)["errors"]] == ["cursor"]
@@ -353,4 +337,4 @@ def test_links_and_locations_are_valid_for_any_user_id(alice: Person, user: str)
     person.create("b")
     assert [titles(page) for page in pages(person, {"limit": 1})] == ["a", "b"]
     below = person.open(person.tasks, query_string="limit=1", base_url="http://localhost/todo")  # a script name
-    assert (next_page(below) or "").startswith(f"/todo{person.tasks}?limit=1&cursor=")
+    assert next_url(below).startswith(f"/todo{person.tasks}?limit=1&cursor=")

@@ -89,16 +89,6 @@ def test_rate_limits_are_logged(database_url: str, events: Events) -> None:
     assert second == refusal(429, "The refused limit is used up.")
 
 
-def test_unreachable_key_server_is_logged_without_its_password(events: Events) -> None:
-    with running_app(UNREACHABLE, jwks_url="http://ops:the-password@127.0.0.1:1/jwks?key=the-key") as app:
-        assert ask(Person(app.test_client(), "ann", Signer.new("EdDSA").token("ann"))) == 503
-    *failures, request = events()
-    assert {failure["event"].partition(":")[0] for failure in failures} == {"key set refresh failed"}
-    assert {failure["url"] for failure in failures} == {"http://127.0.0.1:1/jwks"}
-    assert all("refused" in failure["reason"] for failure in failures)
-    assert request == refusal(503, "The key server cannot be reached.")
-
-
 @pytest.mark.parametrize(
     ("token", "settings", "remedy"),
     [

@@ -17,7 +17,7 @@ from hypothesis.stateful import run_state_machine_as_test as run
 from taskapi import schemas
 from taskapi.schemas import PRIORITIES
 from taskapi.search import is_stream_safe
-from tests.people import Answer, Person, assert_problem
+from tests.people import Answer, Person, assert_problem, next_url
 
 Task = dict[str, Any]
 Request = tuple[str, Task | None, bool | None]
@@ -223,7 +223,7 @@ class Machine(RuleBasedStateMachine):
             page, selected = selected[:PAGE], selected[PAGE:]
             assert (response.status_code, response.json) == (200, page)
             self.delete(name, page)
-            url = response.headers.get("Link", "").partition(">")[0].strip("<")
+            url = next_url(response)
             assert bool(url) == bool(selected) == ("ETag" in response.headers)
             tag = response.headers.get("ETag", "")
 

@@ -133,10 +133,6 @@ def test_request_is_read_in_any_pieces(wire: Wire) -> None:
         assert wire.send(whole[:cut], whole[cut:]).answer().status == 201, cut
 
 
-def test_head_with_bare_line_feeds_is_refused_at_once(wire: Wire) -> None:
-    assert_problem(wire.send(b"GET / HTTP/1.0\n\n").answer(), 400)
-
-
 @pytest.mark.parametrize(
     ("target", "host", "path"),
     [("http://a:80?b", "a:80", "/"), ("HTTPS://[::1]/c%20d", "[::1]", "/c d"), ("//a/b", "evil.example", "//a/b")],

@@ -3,14 +3,14 @@
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.people import SECRET
 from tests.processes import Server, Wire, request, serving, shared_copy
-from tests.servers import connect
+from tests.servers import connected
 from tests.strict_http import Incomplete, Outcome, Refusal, Request, generate, read
 
 CASES = list(generate(9112, 1000, b"/api/ann/tasks"))
@@ -58,8 +58,8 @@ def test_server_agrees(server: Server, before: bytes, cases: list[bytes], after:
     streams = [before + case + after for case in cases]
     while batch := streams[:100]:
         del streams[:100]
-        with ExitStack() as stack:
-            for wire in (wires := connect(server, stack, len(batch))):
+        with connected(server, len(batch)) as wires:
+            for wire in wires:
                 wire.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             for position in range(0, max(map(len, batch)), step):
                 for wire, data in zip(wires, batch, strict=True):

@@ -45,13 +45,8 @@ KEYS = {"single": 23.9, "array": 0, "empty": 1, "gone": 2, "old": 24.1}
 
 
 def digest(bodies: list[dict[str, Any]], is_array: bool) -> str:
-    defaults: dict[str, Any] = {
-        "description": None,
-        "is_completed": False,
-        "due_at": None,
-        "priority": "none",
-        "tags": [],
-    }
+    defaults: dict[str, Any] = {"description": None, "is_completed": False, "due_at": None}
+    defaults |= {"priority": "none", "tags": []}
     text = json.dumps([[defaults | body for body in bodies], is_array], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
