@@ -183,7 +183,8 @@ def test_compose_file_migrates_and_then_serves(folder: Path, new_database: Calla
     subprocess.run([sys.executable, "-m", *migrate["command"]], cwd=folder, env=env, check=True, capture_output=True)
     port = free_port()
     command = server["command"].replace("8000", str(port)).split()
-    with started([sys.executable, "-m", *command], folder, env):
+    with started([sys.executable, "-m", *command], folder, env) as process:
+        process.wait_for("Started worker-2")  # a worker that still starts delays the stop
         wait_until(lambda: listens(port), "granian listens")
         assert ask(f"http://127.0.0.1:{port}", "GET", TASKS, token=TOKEN).status == 200
 
