@@ -29,10 +29,12 @@ STORE_COOLDOWN = 5  # seconds without rate limits after the store failed: in tha
 PRIVATE = [
     ip_network(net) for net in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1", "fc00::/7")
 ]
-SLOW = 0.05  # seconds at the database from which on a request is slow
-SHARE = 0.5  # of the time of one connection: what a user's requests take beyond it counts as a debt
-TOLERANCE = 1  # seconds of debt that have no consequence
-MAX_DEBT = 5  # seconds until a debt is forgotten, at most
+# Seconds at the database from which on a request counts as a use of it. Quick ones keep nobody waiting; a change waits
+# for the disk.
+SLOW_READ, SLOW_CHANGE = 0.01, 0.05
+PERIOD = 5  # seconds for which the use of the database is added up; the sums of the last two periods count
+MIN_USE = 1  # seconds in that time; who has used the database less is not a heavy user
+HEAVY_SHARE = 1 / 16  # of what all users have used; who has used more is a heavy user
 
 
 class MemoryStore:
@@ -79,25 +81,26 @@ class Concurrency:
     """Counts the requests in progress, and refuses those of a user who would keep others waiting.
 
     A user has at most half of the database connections, which are as many as the server's threads. Several users could
-    together have all of them. So while half of the connections are in use, a user in debt has only one, and before that
-    a quarter of them, if the last request was slow.
+    together have all of them. So a heavy user has only a quarter, and one while half of all connections are in use.
     """
 
     def __init__(self, max_connections: int) -> None:
         self._limit = max(1, max_connections // 2)
         self._total = 0
         self._counts: dict[str, int] = {}  # of the users with requests in progress
-        # By time.monotonic(), when the debt of a user will be zero, and whether the last request was slow.
-        self._debts: OrderedDict[str, tuple[float, bool]] = OrderedDict()
+        self._period_end = 0.0  # by time.monotonic()
+        self._use: dict[str, float] = {}  # seconds of each user in this period, and in the last one
+        self._last_use: dict[str, float] = {}
+        self._use_of_all = 0.0  # in both
         self._lock = threading.Lock()
 
     def start(self, user_id: str) -> int:
         """Counts a request, which must `end`. Returns how many the user has in progress, or 0 if it must be refused."""
         with self._lock:
             count, limit = self._counts.get(user_id, 0), self._limit
-            debt_end, is_slow = self._debts.get(user_id, (0, False))
-            if debt_end > time.monotonic() + TOLERANCE:
-                limit = 1 if self._total >= limit else max(1, limit // 2) if is_slow else limit
+            used = self._use.get(user_id, 0) + self._last_use.get(user_id, 0)
+            if used > max(MIN_USE, self._use_of_all * HEAVY_SHARE):
+                limit = 1 if self._total >= limit else max(1, limit // 2)
             if count >= limit:
                 return 0
             self._counts[user_id] = count + 1
@@ -105,21 +108,19 @@ class Concurrency:
         return count + 1
 
     def end(self, user_id: str, seconds: float, is_change: bool) -> None:
-        """Ends a request that took `seconds` of the database's time. A quick change causes no debt: most of its time it
-        waits for the disk."""
-        now = time.monotonic()
+        """Ends a request that took `seconds` of the database's time."""
         with self._lock:
             count = self._counts.pop(user_id)
             self._total -= 1
             if count > 1:
                 self._counts[user_id] = count - 1
-            if is_change and seconds <= SLOW:
-                return
-            while self._debts and next(iter(self._debts.values()))[0] < now:
-                self._debts.popitem(last=False)
-            debt_end, _ = self._debts.pop(user_id, (now, False))
-            debt_end = min(max(now, debt_end) + seconds / SHARE, now + MAX_DEBT)
-            self._debts[user_id] = debt_end, seconds > SLOW  # at the end: the last one that changed
+            if (now := time.monotonic()) > self._period_end:
+                is_recent = now < self._period_end + PERIOD
+                self._use, self._last_use = {}, self._use if is_recent else {}
+                self._use_of_all, self._period_end = sum(self._last_use.values()), now + PERIOD
+            if seconds > (SLOW_CHANGE if is_change else SLOW_READ):
+                self._use[user_id] = self._use.get(user_id, 0) + seconds
+                self._use_of_all += seconds
 
 
 class Limits:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flask import Flask
 
+from taskapi import limits
 from taskapi.db import Database
 from taskapi.limits import Concurrency
 from tests import crowd
@@ -25,12 +26,17 @@ def test_user_has_half_of_the_connections_by_the_exact_id() -> None:
     assert [concurrency.start(user) for user in ("Ann", "ann", "ann")] == [0, 4, 0]
 
 
-def test_user_in_debt_has_fewer_while_others_wait() -> None:
+def use(concurrency: Concurrency, user: str, seconds: float, *, is_change: bool = False, times: int = 1) -> None:
+    for _ in range(times):
+        assert concurrency.start(user)
+        concurrency.end(user, seconds, is_change)
+
+
+def test_heavy_user_has_fewer_while_others_wait() -> None:
     concurrency = Concurrency(8)
-    for user, seconds in (("ann", 2), ("ben", 2), ("cleo", 0.04)):
-        for _ in range(50 if user == "cleo" else 1):  # many quick requests
-            assert concurrency.start(user)
-            concurrency.end(user, seconds, False)
+    use(concurrency, "ann", 2)
+    use(concurrency, "ben", 2)
+    use(concurrency, "cleo", 0.04, times=50)
     assert [concurrency.start("ann") for _ in range(3)] == [1, 2, 0]
     assert [concurrency.start("ben") for _ in range(3)] == [1, 2, 0]
     concurrency.end("ben", 0, False)
@@ -39,15 +45,26 @@ def test_user_in_debt_has_fewer_while_others_wait() -> None:
     assert [concurrency.start("dan") for _ in range(5)] == [1, 2, 3, 4, 0]
 
 
-def test_few_requests_and_quick_changes_cause_no_debt_and_a_debt_ends() -> None:
+def test_quick_requests_and_a_small_share_make_no_heavy_user() -> None:
     concurrency = Concurrency(8)
-    for number in range(1_000):
-        for user, seconds, is_change in (("ann", 0.045, True), (f"person-{number}", 0.02, False)):
-            assert concurrency.start(user)
-            concurrency.end(user, seconds, is_change)
-        time.sleep(0.001)
-    assert len(concurrency._debts) < 200
-    assert "ann" not in concurrency._debts
+    use(concurrency, "ann", 0.045, is_change=True, times=100)
+    use(concurrency, "ben", 0.009, times=300)
+    for number in range(64):
+        use(concurrency, f"person-{number}", 2)
+    for user in ("ann", "ben", "person-0"):
+        assert [concurrency.start(user) for _ in range(5)] == [1, 2, 3, 4, 0]
+
+
+def test_use_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "PERIOD", 0.1)
+    concurrency = Concurrency(8)
+    use(concurrency, "ann", 2)
+    for _ in range(3):
+        assert len(concurrency._use | concurrency._last_use) <= 2
+        time.sleep(0.11)
+        use(concurrency, "ben", 0.02)
+    assert concurrency._use_of_all == pytest.approx(0.04)
+    assert [concurrency.start("ann") for _ in range(3)] == [1, 2, 3]
 
 
 @needs_postgresql  # with Citus a create takes longer
