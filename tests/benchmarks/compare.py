@@ -35,7 +35,7 @@ from tests.servers import listens
 from tests.soak import processes_of
 
 HERE = Path(__file__).parent
-GRANIAN = "-m granian --interface wsgi --workers 1 --blocking-threads 4 wsgi:app --port {port}"
+GRANIAN = "-m granian --interface wsgi --workers 1 --blocking-threads 8 wsgi:app --port {port}"
 UVICORN = "-m uvicorn --no-access-log --log-level warning --port {port} tests.benchmarks.stacks."
 STACKS = {
     "waitress": "wsgi.py",
@@ -51,7 +51,7 @@ The servers, PostgreSQL (with its default settings) and wrk share this machine: 
 stacks take turns, {{rounds}} rounds of {{seconds}} s, every other round in reverse order; the table has medians. Each
 stack is one process. {USERS} users with {SHARE} tasks each, of {{tasks:,}} in all, send requests at the same time.
 
-- *waitress* is `python wsgi.py`, *granian* is `granian --interface wsgi --workers 1 --blocking-threads 4 wsgi:app`:
+- *waitress* is `python wsgi.py`, *granian* is `granian --interface wsgi --workers 1 --blocking-threads 8 wsgi:app`:
   taskapi with row-level security, rate limits and a log line for each request. Only `RATE_LIMIT_REFUSED` is raised, so
   that each refused token is verified.
 - *asyncpg* is FastAPI under uvicorn[standard] with asyncpg and PyJWT, and JSON that PostgreSQL writes. *sqlmodel* is
