@@ -37,16 +37,22 @@ def run_on_nodes(command: str) -> None:
 
 
 def create_database(name: str) -> str:
-    """An empty database on the same nodes."""
+    """An empty database on the same nodes. One at a time: Citus would fail to add a node."""
     assert URL
+    with psycopg.connect(URL, autocommit=True) as conn:
+        conn.execute("SELECT pg_advisory_lock(1)")
+        return _create_database(URL, name)
+
+
+def _create_database(server: str, name: str) -> str:
     run_on_nodes(f"CREATE DATABASE {name}")
-    for url in node_urls(URL):
+    for url in node_urls(server):
         with psycopg.connect(make_conninfo(url, dbname=name), autocommit=True) as conn:
             conn.execute("CREATE EXTENSION citus")
-    with psycopg.connect(URL) as conn:
+    with psycopg.connect(server) as conn:
         (coordinator, *workers) = conn.execute(NODES).fetchall()
     host, port, has_shards = coordinator
-    url = make_conninfo(URL, dbname=name)
+    url = make_conninfo(server, dbname=name)
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("SELECT citus_set_coordinator_host(%s, %s::integer)", [host, port])
         conn.execute(
