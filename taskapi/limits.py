@@ -29,12 +29,12 @@ STORE_COOLDOWN = 5  # seconds without rate limits after the store failed: in tha
 PRIVATE = [
     ip_network(net) for net in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1", "fc00::/7")
 ]
-# Seconds at the database from which on a request counts as a use of it. Quick ones keep nobody waiting; a change waits
-# for the disk.
+# Seconds at the database: a shorter request does not count as use of it. A change may wait for the disk.
 SLOW_READ, SLOW_CHANGE = 0.01, 0.05
-PERIOD = 5  # seconds for which the use of the database is added up; the sums of the last two periods count
-MIN_USE = 1  # seconds in that time; who has used the database less is not a heavy user
-HEAVY_SHARE = 1 / 16  # of what all users have used; who has used more is a heavy user
+PERIOD = 5  # seconds for which the use is added up; this period and the last one count
+# A heavy user has used the database for more than MIN_USE seconds, and for more than HEAVY_SHARE of all users' time.
+MIN_USE = 1
+HEAVY_SHARE = 1 / 16
 
 
 class MemoryStore:
