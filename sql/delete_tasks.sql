@@ -24,12 +24,7 @@ WITH person AS (
     WHERE t.user_id = %(user_id)s AND t.id = found.id AND found.number <= %(limit)s AND found.bytes_before < 2097152
     RETURNING t.*
 ), recorded AS (
-    INSERT INTO taskapi.deletions (user_id, deleted_at, id)
-    SELECT u.id, change.now, deleted.id
-    FROM taskapi.users AS u
-    CROSS JOIN change
-    CROSS JOIN deleted
-    WHERE u.id = %(user_id)s
+    /* include record */
 ), advanced AS (
     UPDATE taskapi.users AS u
     SET clock = change.clock, nonce = %(nonce)s, task_count = u.task_count - (SELECT count(*) FROM deleted),

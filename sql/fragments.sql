@@ -25,6 +25,15 @@ t.clock, to_timestamp(t.clock / 1000000::float8) AS now, person.expires < t.cloc
 -- name: next_clock
 greatest(person.clock + 1, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint)
 
+-- name: record
+-- Records that the tasks `deleted` were deleted by a `change`.
+INSERT INTO taskapi.deletions (user_id, deleted_at, id)
+SELECT u.id, change.now, deleted.id
+FROM taskapi.users AS u
+CROSS JOIN change
+CROSS JOIN deleted
+WHERE u.id = %(user_id)s
+
 -- name: json_bytes
 -- About the size of a task `n` as JSON.
 octet_length(to_json(n.title)::text) + octet_length(coalesce(to_json(n.description)::text, '')) +
