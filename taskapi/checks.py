@@ -12,7 +12,7 @@ from .pipeline import run_batch
 from .statements import SQL_DIR, begin_as_user, build_batch, load_sql
 
 TIMEOUT = 4  # seconds
-MIGRATE = "run `flask --app wsgi taskapi migrate`"
+MIGRATE = "run `taskapi migrate` (in your own Flask app: `flask taskapi migrate`)"
 WRITABLE = "set DATABASE_URL to the primary, or, if this is not a standby, run `ALTER ROLE {} RESET {}`"
 
 # What requests do, in this order: every table is read, and written in every way.

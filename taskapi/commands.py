@@ -1,4 +1,4 @@
-"""`flask taskapi …`: the commands for operators, in a terminal or in scripts."""
+"""`taskapi …`, `flask taskapi …`: the commands for operators, in a terminal or in scripts."""
 
 import errno
 import json
@@ -21,7 +21,6 @@ from .db import first_line
 from .statements import load_sql
 
 BATCH = 200  # rows that an export holds in memory: 8 MB if every task has the maximum length
-COMMAND = "flask --app wsgi taskapi"
 NOT_CHECKED = "not checked because of the problem above"
 CHECKS: dict[str, Callable[[psycopg.Connection[Any]], object]] = {
     "schema": checks.check_schema,
@@ -68,14 +67,16 @@ group = Commands(
     "taskapi",
     help="""Commands for operators.
 
+    If the API is in your own Flask app, use `flask taskapi ...`: it has the settings of the app.
+
     Exit status 0: done, and nothing is wrong. 1: something is wrong or was not done; the output says what. 2: the
     command line is wrong.
     """,
-    epilog=_examples(f"{COMMAND} check", f"{COMMAND} export --help"),
+    epilog=_examples("taskapi check", "taskapi export --help"),
 )
 
 
-@group.command(epilog=_examples(f"{COMMAND} migrate"))
+@group.command(epilog=_examples("taskapi migrate"))
 def migrate() -> None:
     """Bring the database's schema up to date.
 
@@ -86,7 +87,7 @@ def migrate() -> None:
 
 
 @group.command(
-    epilog=_examples(f"{COMMAND} token ann", f'export AUTH="Authorization: Bearer $({COMMAND} token ann --expires 1h)"')
+    epilog=_examples("taskapi token ann", 'export AUTH="Authorization: Bearer $(taskapi token ann --expires 1h)"')
 )
 @click.argument("user", type=_user_id)
 @click.option("--email", help="The user's email address, stored with the first task.")
@@ -99,7 +100,7 @@ def token(user: str, email: str | None, expires: timedelta) -> None:
     click.echo(tokens.issue_token(user, expires=expires, email=email))
 
 
-@group.command(epilog=_examples(f"{COMMAND} check", f"{COMMAND} check --json"))
+@group.command(epilog=_examples("taskapi check", "taskapi check --json"))
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line.")
 def check(as_json: bool) -> None:
     """Report whether requests can be served, or what to do.
@@ -116,7 +117,7 @@ def check(as_json: bool) -> None:
         raise SystemExit(1)
 
 
-@group.command(epilog=_examples(f"{COMMAND} export me > tasks.jsonl", f"{COMMAND} export me | head -1"))
+@group.command(epilog=_examples("taskapi export me > tasks.jsonl", "taskapi export me | head -1"))
 @click.argument("user", type=_user_id)
 def export(user: str) -> None:
     """Print the tasks of USER as lines of JSON.
@@ -133,7 +134,7 @@ def export(user: str) -> None:
     sys.stdout.buffer.flush()  # not only at exit: if the pipe is closed, click ends the command without a message
 
 
-@group.command(epilog=_examples(f"{COMMAND} delete-user me", f"{COMMAND} delete-user you --yes"))
+@group.command(epilog=_examples("taskapi delete-user me", "taskapi delete-user you --yes"))
 @click.argument("user", type=_user_id)
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def delete_user(user: str, yes: bool) -> None:
@@ -156,7 +157,7 @@ def delete_user(user: str, yes: bool) -> None:
     click.echo(f"deleted {user!r}, tasks: {count}")
 
 
-@group.command(epilog=_examples(f"{COMMAND} metrics"))
+@group.command(epilog=_examples("taskapi metrics"))
 def metrics() -> None:
     """Serve the metrics of several processes to Prometheus.
 

@@ -65,6 +65,11 @@ def readme(section: str = "", language: str = "") -> str:
     return text
 
 
+def on_this_python(lines: str) -> str:
+    """Shell lines with the Python of these tests for the command `taskapi`."""
+    return re.sub(r"\btaskapi (?=[a-z])", " ".join([*PYTHON, "-m", r"\g<0>"]), lines)
+
+
 def environment(**variables: str) -> dict[str, str]:
     """An environment of these variables, without those of the shell that runs the tests."""
     return {"PATH": os.environ["PATH"], "PORT": "0", **variables}

@@ -172,7 +172,7 @@ def test_check_reads_and_writes_through_every_node_and_migrate_repairs_it(conn: 
             with psycopg.connect(node, autocommit=True) as admin:
                 for (shard,) in admin.execute(SHARDS.encode()).fetchall():
                     admin.execute(sql.SQL(f"REVOKE {right} ON {shard} FROM taskapi_user"))
-            problem = "^requests: permission denied for .*: run `flask --app wsgi taskapi migrate`$"
+            problem = "^requests: permission denied for .*: run `taskapi migrate`"
             assert re.search(problem, run(app, "check").stdout, re.MULTILINE)
             assert run(app, "migrate").exit_code == 0
             assert check(app) == {}

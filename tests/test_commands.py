@@ -17,7 +17,7 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
-from taskapi.checks import load_migrations
+from taskapi.checks import MIGRATE, load_migrations
 from taskapi.commands import NOT_CHECKED, group
 from taskapi.statements import load_sql
 from tests import citus
@@ -25,7 +25,7 @@ from tests.clusters import Database
 from tests.issuers import Signer, publishing
 from tests.people import SECRET, UNREACHABLE, Person, running_app
 from tests.plans import ON_ROWS, REQUESTS, USER_COLUMNS
-from tests.processes import PYTHON, TIMEOUT, environment, readme, shared_copy, wait_until
+from tests.processes import PYTHON, TIMEOUT, environment, on_this_python, readme, shared_copy, wait_until
 
 COMMANDS = ["check", "delete-user", "export", "metrics", "migrate", "token"]
 MANY = 30_000
@@ -80,7 +80,7 @@ class Shell:
     env: dict[str, str]
 
     def __call__(self, line: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        command = ["bash", "-ec", line.replace("flask ", " ".join([*PYTHON, "-m", "flask "]))]
+        command = ["bash", "-ec", on_this_python(line)]
         kwargs: Any = {"input": "y\n", "capture_output": True, "text": True, "timeout": TIMEOUT}
         return subprocess.run(command, cwd=self.folder, env=self.env | variables, check=False, **kwargs)
 
@@ -101,14 +101,14 @@ def examples() -> list[tuple[str, str]]:
     found = []
     for name, command in {"": group, **group.commands}.items():
         text = command.get_help(click.Context(command)).partition("Example")[2]
-        found += [(name, line) for line in re.findall(r"^ +(.*\bflask --app wsgi .*)$", text, re.MULTILINE)]
+        found += [(name, line) for line in re.findall(r"^ +(.*\btaskapi .*)$", text, re.MULTILINE)]
     return found
 
 
 def test_every_command_has_an_example_and_is_in_the_readme() -> None:
     assert sorted(group.commands) == COMMANDS
     assert {name for name, _ in examples()} == {"", *COMMANDS}
-    assert set(re.findall(r"flask --app wsgi taskapi ([\w-]+)", readme("Operations"))) == set(COMMANDS)
+    assert set(re.findall(r"^\$ taskapi ([\w-]+)", readme("Operations"), re.MULTILINE)) == set(COMMANDS)
 
 
 def test_examples_work_as_pasted(app: Flask, postgres: Database, shell: Shell) -> None:
@@ -121,7 +121,7 @@ def test_examples_work_as_pasted(app: Flask, postgres: Database, shell: Shell) -
             assert (ended.returncode, "Error" in ended.stderr) == (0, False), (line, ended.stderr)
             assert "--yes" not in line or json.loads(ended.stderr)["message"] == "user deleted"
         elif name not in ("migrate", "metrics"):
-            result = run(app, *line.removeprefix("flask --app wsgi taskapi ").split(), input="y\n")
+            result = run(app, *line.removeprefix("taskapi ").split(), input="y\n")
             assert (result.exit_code, "Error" in result.stderr) == (0, False), (line, result.stderr)
 
 
@@ -162,10 +162,10 @@ def test_what_is_missing_is_named_in_one_line(app: Flask, line: str) -> None:
 
 
 def test_unusable_settings_are_1_and_one_line(shell: Shell) -> None:
-    ended = shell("flask --app wsgi taskapi check", DATABASE_URL="hunter2")
+    ended = shell("taskapi check", DATABASE_URL="hunter2")
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert re.fullmatch("taskapi cannot start: DATABASE_URL .*", json.loads(ended.stderr)["message"])
-    ended = shell("flask --app wsgi taskapi export me", DATABASE_URL="", BETTER_AUTH_SECRET="")
+    assert re.fullmatch("Error: DATABASE_URL .*\n", ended.stderr)
+    ended = shell("taskapi export me", DATABASE_URL="", BETTER_AUTH_SECRET="")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "No such file or directory): start it, or set DATABASE_URL; the database of a try-out runs" in ended.stderr
 
@@ -188,7 +188,7 @@ def check(app: Flask) -> dict[str, str]:
 
 def test_check_reports_an_outdated_schema(new_database: Callable[..., str], database_url: str) -> None:
     """On a server that has the role, since `database_url` is migrated."""
-    missing = f"the schema lacks {', '.join(load_migrations())}: run `flask --app wsgi taskapi migrate`"
+    missing = f"the schema lacks {', '.join(load_migrations())}: {MIGRATE}"
     with running_app(new_database()) as app:
         assert check(app) == {"schema": missing, "row-level security": NOT_CHECKED, "requests": NOT_CHECKED}
         assert error_of(app, "export me") == f"Error: {missing}\n"
@@ -258,14 +258,14 @@ def test_export_of_many_tasks_takes_no_more_memory(shell: Shell) -> None:
 @pytest.mark.parametrize(("user", "reader", "lines"), [("big", "head -1", 1), ("me", "true", 0)])
 def test_export_into_a_closed_pipe_ends_without_a_message(shell: Shell, user: str, reader: str, lines: int) -> None:
     """Whether it is closed early or late: what fits into a buffer is written at the end only."""
-    ended = shell(f'flask --app wsgi taskapi export {user} | {reader}; echo "${{PIPESTATUS[0]}}"')
+    ended = shell(f'taskapi export {user} | {reader}; echo "${{PIPESTATUS[0]}}"')
     *read, status = ended.stdout.splitlines()
     assert [json.loads(line)["user_id"] for line in read] == [user] * lines
     assert (status, ended.stderr) == ("1", "")
 
 
 def test_export_that_breaks_off_is_1(shell: Shell, postgres: Database) -> None:
-    command = [*PYTHON, "-m", "flask", "--app", "wsgi", "taskapi", "export", "big"]
+    command = [*PYTHON, "-m", "taskapi", "export", "big"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=shell.folder, env=shell.env, stdout=pipe, stderr=pipe) as process:
         assert process.stdout
@@ -280,7 +280,7 @@ def test_export_that_breaks_off_is_1(shell: Shell, postgres: Database) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["export big", "export me", "token me"])
 def test_full_disk_is_1_and_one_line(shell: Shell, line: str) -> None:
-    ended = shell(f"flask --app wsgi taskapi {line} > /dev/full")
+    ended = shell(f"taskapi {line} > /dev/full")
     assert (ended.returncode, ended.stderr) == (1, "Error: the output cannot be written: No space left on device\n")
 
 

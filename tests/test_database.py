@@ -248,7 +248,7 @@ def test_an_old_schema_is_503_until_it_is_migrated_and_a_newer_one_is_served(
             response = ann.request("POST", json={"title": "t"})
             assert_problem(response, 503)
             assert int(response.headers["Retry-After"]) >= 1
-        assert f"lacks {', '.join(load_migrations())}: run `flask --app wsgi taskapi migrate`" in caplog.text
+        assert f"lacks {', '.join(load_migrations())}: run `taskapi migrate`" in caplog.text
         first, second = (app.test_cli_runner().invoke(args=["taskapi", "migrate"]) for _ in range(2))
         assert (first.exit_code, second.exit_code) == (0, 0)
         assert first.output.splitlines() == [f"applied {name}" for name in load_migrations()]

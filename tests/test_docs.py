@@ -50,7 +50,7 @@ MISSING = [tool for tool in ("curl", "jq") if not shutil.which(tool)]
 def test_tour_works_as_pasted(tmp_path: Path) -> None:
     with serving_copy(tmp_path) as server:
         tour = readme("Tour", "sh").replace("http://127.0.0.1:8000", server.url)
-        tour = tour.replace(".venv/bin/flask", f"{sys.executable} -m flask")
+        tour = tour.replace(".venv/bin/", f"{sys.executable} -m ")
         command = ["bash", "-euo", "pipefail", "-c", tour]
         result = subprocess.run(command, cwd=server.folder, env=server.env, capture_output=True, text=True, timeout=60)
     output = result.stdout

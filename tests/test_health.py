@@ -89,9 +89,9 @@ def damaged(postgres: Postgres, command: LiteralString) -> Iterator[None]:
 
 FAULTS: dict[str, tuple[LiteralString, str]] = {
     "down": ("", "connection to server on socket"),
-    "empty": ("DROP SCHEMA taskapi CASCADE", "the schema lacks 0001_.*`flask .* taskapi migrate`"),
+    "empty": ("DROP SCHEMA taskapi CASCADE", "the schema lacks 0001_.*`taskapi migrate`"),
     "no role": ("REVOKE taskapi_user FROM app", "must run `GRANT taskapi_user TO app"),
-    "no grant": ("REVOKE SELECT ON taskapi.tasks FROM taskapi_user", "for table tasks: run `flask .* taskapi migrate`"),
+    "no grant": ("REVOKE SELECT ON taskapi.tasks FROM taskapi_user", "for table tasks: run `taskapi migrate`"),
 }
 
 

