@@ -187,6 +187,10 @@ def test_compose_file_migrates_and_then_serves(folder: Path, new_database: Calla
         process.wait_for("Started worker-2")  # a worker that still starts delays the stop
         wait_until(lambda: listens(port), "granian listens")
         assert ask(f"http://127.0.0.1:{port}", "GET", TASKS, token=TOKEN).status == 200
+        assert process.stop() == 0
+        lines = [json.loads(line) for line in (process.stdout + process.stderr).splitlines()]
+        assert {line["logger"] for line in lines} == {"_granian", "_granian.serve", "taskapi"}
+        assert [line["message"] for line in lines][-1] == "Granian shutdown completed, see ya!"
 
 
 def test_container_file_copies_and_runs_what_is_needed(database_url: str, tmp_path: Path) -> None:
