@@ -1,13 +1,13 @@
 """Brings the schema up to date, with the role, the grants and the policies that a dump does not have."""
 
-import contextlib
 import re
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import psycopg
 from psycopg import errors
-from psycopg.rows import TupleRow, tuple_row
+from psycopg.rows import tuple_row
 
 from .checks import NotReady, find_access_gaps, load_migrations, needs_superuser
 from .search import fold, make_stream_safe
@@ -16,6 +16,11 @@ from .statements import load_sql
 if TYPE_CHECKING:
     from .db import Database
 
+T = TypeVar("T")
+
+ATTEMPTS = 20  # each waits up to 0.5 s for a lock
+PAUSE = 1  # second between them, for the requests that have waited behind the lock
+IN_USE = "another session, such as a backup, has used the tables for too long: end it or wait, and migrate again"
 OWNER_NEEDED = "use the login that owns the schema; it needs `GRANT CREATE ON DATABASE`, with Citus on every node"
 
 
@@ -31,27 +36,33 @@ def migrate(database: "Database") -> list[str]:
     """
     with database.connect() as conn:
         [(is_citus,)] = conn.execute(load_sql("is_citus"))
-        with _locked(conn) as cursor:
-            names = _apply_migrations(cursor, is_citus)
-            if not is_citus:
-                _repair_access(cursor)
+        names = _run(conn, lambda cursor: _apply_migrations(cursor, is_citus))
         if is_citus:
-            with _locked(conn) as cursor:
-                cursor.execute(load_sql("set_ddl_propagation"), {"propagation": "on"})
-                _distribute_tables(cursor)
-                cursor.execute(load_sql("create_act_as"))
-                _repair_access(cursor)
+            _run(conn, _distribute_schema)
     return names
 
 
-@contextlib.contextmanager
-def _locked(conn: psycopg.Connection[Any]) -> Iterator[psycopg.Cursor[TupleRow]]:
-    try:
-        with conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
-            cursor.execute(load_sql("lock_migrations"))
-            yield cursor
-    except errors.InsufficientPrivilege as error:
-        raise NotReady(f"{error.diag.message_primary}: {OWNER_NEEDED}") from None
+def _run(conn: psycopg.Connection[Any], work: Callable[[psycopg.Cursor[Any]], T]) -> T:
+    """Does the work in a transaction. Tries again if a table is in use for longer than the lock timeout, so that
+    requests do not wait behind its lock for as long."""
+    for attempt in range(ATTEMPTS):
+        time.sleep(PAUSE if attempt else 0)
+        try:
+            with conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
+                cursor.execute(load_sql("lock_migrations"))
+                return work(cursor)
+        except errors.InsufficientPrivilege as error:
+            raise NotReady(f"{error.diag.message_primary}: {OWNER_NEEDED}") from None
+        except errors.LockNotAvailable:
+            pass
+    raise NotReady(IN_USE)
+
+
+def _distribute_schema(cursor: psycopg.Cursor[Any]) -> None:
+    cursor.execute(load_sql("set_ddl_propagation"), {"propagation": "on"})
+    _distribute_tables(cursor)
+    cursor.execute(load_sql("create_act_as"))
+    _repair_access(cursor)
 
 
 def _apply_migrations(cursor: psycopg.Cursor[Any], is_citus: bool) -> list[str]:
@@ -73,6 +84,8 @@ def _apply_migrations(cursor: psycopg.Cursor[Any], is_citus: bool) -> list[str]:
             if is_distributed:
                 _distribute_tables(cursor)
         cursor.execute(load_sql("record_migration"), {"name": name})
+    if not is_citus:
+        _repair_access(cursor)
     return missing
 
 

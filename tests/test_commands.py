@@ -19,6 +19,7 @@ from flask import Flask
 
 from taskapi.checks import MIGRATE, load_migrations
 from taskapi.commands import NOT_CHECKED, group
+from taskapi.migrations import IN_USE
 from taskapi.statements import load_sql
 from tests import citus
 from tests.clusters import Database
@@ -215,6 +216,15 @@ def test_check_reports_a_key_set_without_a_usable_key(postgres: Database) -> Non
         assert problems["keys"].startswith(f"no key that verifies signatures at {server.url}: ")
         server.publish(Signer.new("EdDSA"))
         assert check(app) == {}
+
+
+@citus.needs_postgresql
+def test_migrate_gives_up_while_a_table_is_in_use(postgres: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Soon, so that requests do not wait behind it; see also test_deploy."""
+    monkeypatch.setattr("taskapi.migrations.ATTEMPTS", 1)
+    with running_app(postgres.url) as owner, psycopg.connect(postgres.url) as conn:
+        conn.execute("LOCK TABLE taskapi.migrations")
+        assert error_of(owner, "migrate") == f"Error: {IN_USE}\n"
 
 
 # export

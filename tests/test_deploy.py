@@ -17,14 +17,19 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 
 from taskapi.config import VARIABLES
+from tests import citus
 from tests.people import SECRET, mint
 from tests.processes import (
     CHECKOUT,
+    PYTHON,
+    TIMEOUT,
     Wire,
     ask,
+    copied,
     environment,
     free_port,
     readme,
@@ -142,6 +147,42 @@ def test_restart_behind_nginx_fails_no_request(folder: Path, settings: dict[str,
         assert first.complaints == other.complaints == again.complaints == []
 
 
+LATER_MIGRATION = """
+LOCK TABLE taskapi.users IN SHARE ROW EXCLUSIVE MODE;
+ALTER TABLE taskapi.tasks ADD COLUMN note text;
+ALTER TABLE taskapi.tasks ADD CONSTRAINT tasks_note_check CHECK (char_length(note) <= 1000);
+CREATE TABLE taskapi.labels (user_id text PRIMARY KEY);
+ALTER TABLE taskapi.labels ADD CONSTRAINT labels_user_id_fkey FOREIGN KEY (user_id) REFERENCES taskapi.users (id);
+"""
+
+
+@citus.needs_postgresql
+@pytest.mark.slow
+def test_migration_of_a_later_version_fails_no_request(folder: Path, new_database: Callable[..., str]) -> None:
+    """While a session reads the table for longer than a request waits for a lock, as a backup does."""
+    url, stop = new_database(migrated=True), threading.Event()
+    settings = {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        later = stack.enter_context(copied(folder.parent / "later"))
+        (later / "sql" / "migrations" / "9999_later.sql").write_text(LATER_MIGRATION)
+        server = stack.enter_context(serving(folder, settings))
+        working = [pool.submit(create_tasks, server.url, f"user-{number}", stop) for number in range(6)]
+        try:
+            with psycopg.connect(url) as conn:
+                conn.execute("SELECT FROM taskapi.tasks LIMIT 1")
+                migrate = stack.enter_context(
+                    started([*PYTHON, "-m", "taskapi", "migrate"], later, environment(**settings))
+                )
+                time.sleep(2)
+            assert migrate.popen.wait(TIMEOUT) == 0, migrate.stderr
+            new = stack.enter_context(serving(later, settings))
+            assert [ask(one.url, "GET", "/readyz").status for one in (new, server)] == [200, 200]
+        finally:
+            stop.set()
+        assert all(work.result() for work in working)
+        assert server.complaints == new.complaints == []
+
+
 @needs_nginx
 def test_nginx_keeps_unfinished_uploads_and_floods_from_granian(
     folder: Path, settings: dict[str, str], tmp_path: Path
@@ -184,7 +225,8 @@ def test_compose_file_migrates_and_then_serves(folder: Path, new_database: Calla
     port = free_port()
     command = server["command"].replace("8000", str(port)).split()
     with started([sys.executable, "-m", *command], folder, env) as process:
-        process.wait_for("Started worker-2")  # a worker that still starts delays the stop
+        for number in (1, 2):
+            process.wait_for(f"Started worker-{number}")  # a worker that still starts delays the stop
         wait_until(lambda: listens(port), "granian listens")
         assert ask(f"http://127.0.0.1:{port}", "GET", TASKS, token=TOKEN).status == 200
         assert process.stop() == 0
