@@ -35,7 +35,7 @@ FROM (
     CROSS JOIN LATERAL (
         SELECT count(*) = 1 AND bool_and(
             p.polpermissive AND p.polcmd = '*' AND p.polroles = '{0}' AND p.polwithcheck IS NULL
-            AND pg_get_expr(p.polqual, p.polrelid) = '(' || own.condition || ')'
+            AND replace(pg_get_expr(p.polqual, p.polrelid), '"', '') = '(' || own.condition || ')' -- a setting adds quotes
         )
         FROM pg_policy AS p WHERE p.polrelid = c.oid
     ) AS policy (is_expected)

@@ -13,7 +13,7 @@ from .statements import SQL_DIR, begin_as_user, build_batch, load_sql
 
 TIMEOUT = 4  # seconds
 MIGRATE = "run `taskapi migrate` (in your own Flask app: `flask taskapi migrate`)"
-WRITABLE = "set DATABASE_URL to the primary, or, if this is not a standby, run `ALTER ROLE {} RESET {}`"
+WRITABLE = "set DATABASE_URL to the primary, or, if it is no standby, run `ALTER ROLE {} IN DATABASE {} SET {} TO off`"
 
 # What requests do, in this order: every table is read, and written in every way.
 TASK = '[{"title": "check", "is_completed": false, "priority": "none", "tags": [], "search_title": "", '
@@ -81,7 +81,8 @@ def check_requests(conn: psycopg.Connection[Any]) -> None:
                     for statement in build_batch(name, params)[0]:
                         cursor.execute(statement, params)
     except errors.ReadOnlySqlTransaction as error:
-        remedy = WRITABLE.format(psycopg.sql.Identifier(conn.info.user).as_string(), "default_transaction_read_only")
+        names = [psycopg.sql.Identifier(name).as_string() for name in (conn.info.user, conn.info.dbname)]
+        remedy = WRITABLE.format(*names, "default_transaction_read_only")
         raise NotReady(f"{error.diag.message_primary}: {remedy}") from None
     except (errors.InsufficientPrivilege, errors.UndefinedTable, errors.UndefinedColumn) as error:
         raise NotReady(f"{error.diag.message_primary}: {MIGRATE}") from None

@@ -181,8 +181,10 @@ def _require_user(cursor: psycopg.Cursor[TupleRow], user: str, name: str = "get_
 def _describe(error: psycopg.Error) -> str:
     """An error of the database in one line. If the database cannot be reached, the line says what to do."""
     if isinstance(error, psycopg.OperationalError) and not error.sqlstate:
+        if "FATAL:" in (reason := first_line(error)):
+            return f"the database refuses the connection ({reason}): allow it there, or correct DATABASE_URL"
         return (
-            f"the database cannot be reached ({first_line(error)}): "
+            f"the database cannot be reached ({reason}): "
             "start it, or set DATABASE_URL; the database of a try-out runs while `python wsgi.py` runs"
         )
     return first_line(error)
