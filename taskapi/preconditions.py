@@ -1,11 +1,15 @@
 """Conditional requests (RFC 9110 §13.1): If-Match prevents lost updates, If-None-Match saves unchanged answers. A tag
 is an entity tag (ETag) here."""
 
+import re
 from typing import NoReturn
 
 from flask import Response, abort, request
 
 from .problems import problem
+
+# What a compression adds to a tag: Flask-Compress (:gzip) or Apache (-gzip). The tags here never have it.
+_COMPRESSION = re.compile("[:-](br|deflate|gzip|zstd)$")
 
 
 def tag_headers(tag: bytes) -> dict[str, str]:
@@ -18,7 +22,7 @@ def if_match() -> list[str] | None:
     """The entity tags of If-Match: the state must have one of them. None if there is no condition."""
     if "If-Match" not in request.headers or request.if_match.star_tag:  # * is true: without a task it is 404
         return None
-    return [f'"{tag}"' for tag in request.if_match.as_set()]
+    return [f'"{_COMPRESSION.sub("", tag or "")}"' for tag in request.if_match.as_set()]
 
 
 def not_modified(tag: bytes) -> Response | None:

@@ -302,6 +302,21 @@ def test_csrf_protection_of_the_host(database_url: str) -> None:
         assert ann.client.post("/echo").status_code == 500  # the host's own handler: it is protected as before
 
 
+def test_compression_of_the_host_leaves_tags_usable(database_url: str) -> None:
+    app, gzip = host(), {"Accept-Encoding": "gzip"}
+    pytest.importorskip("flask_compress", reason="needs Flask-Compress").Compress(app)
+    with mounted(app, database_url) as ann:
+        path = f"/{ann.create('t' * 500)['id']}"
+        for url in ("", path):
+            tag = ann.request("GET", url, headers=gzip).headers["ETag"]
+            assert tag.endswith(':gzip"')
+            unchanged = ann.request("GET", url, headers={**gzip, "If-None-Match": tag})
+            assert (unchanged.status_code, unchanged.headers["ETag"]) == (304, tag)
+        change = {"json": {"is_completed": True}, "headers": {**gzip, "If-Match": tag}}
+        assert ann.request("PUT", path, **change).status_code == 200
+        assert_problem(ann.request("PUT", path, **change), 412)
+
+
 RAISING = [{name: True} for name in ("TESTING", "DEBUG", "PROPAGATE_EXCEPTIONS")]
 ANSWERING = [{}, {"TESTING": True, "PROPAGATE_EXCEPTIONS": False}]
 
