@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from flask import Flask, Request, current_app, g, request
 
-from .config import Settings
+from .config import ConfigError, Settings
 from .db import Database
 
 if TYPE_CHECKING:  # these import this module
@@ -48,8 +48,11 @@ class RequestContext:
 
 
 def get_api(app: Flask | None = None) -> TaskAPI:
-    """The API of `app`, or of the app that serves this request."""
-    return cast(TaskAPI, (app or current_app).extensions["taskapi"])
+    """The API of `app`, or of the app that serves this request. Raises ConfigError if it has none."""
+    try:
+        return cast(TaskAPI, (app or current_app).extensions["taskapi"])
+    except KeyError:
+        raise ConfigError("this app does not have the API: call taskapi.init_app(app) first") from None
 
 
 def current_context() -> RequestContext:

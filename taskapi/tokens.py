@@ -196,7 +196,7 @@ def issue_token(
     """A token for `user_id` that the API in `app`, by default the current app, accepts until `expires` has passed.
 
     For the signed-in user of an embedding app, and for trials. `email` and `name` are stored with the first task.
-    Raises ConfigError if the API has no secret, and ValueError if `user_id` is no string that can be a user's id.
+    Raises ConfigError without the API or its secret, and ValueError if `user_id` is no string that can be a user's id.
     """
     settings = get_api(app).settings
     if not settings.secrets:

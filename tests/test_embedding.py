@@ -369,6 +369,8 @@ def test_token_has_what_the_api_requires() -> None:
     for invalid in (cast(Any, 5), "", "\0"):
         with app.app_context(), pytest.raises(ValueError, match="user id"):
             taskapi.issue_token(invalid)
+    with pytest.raises(ConfigError, match="init_app"):
+        taskapi.issue_token("ann", app=host())
 
 
 def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
