@@ -66,7 +66,7 @@ def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:
         return user
     api.limits.check_refusals(context.request)  # before any cryptography
     if not bearer:
-        raise InvalidToken("The token is malformed.")
+        raise InvalidToken("The token is malformed: it must be a JWT.")
     user = api.verifier.verify(bearer[1])
     context.token_cached = False
     return user

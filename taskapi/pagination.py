@@ -27,7 +27,7 @@ def parse_cursor(cursor: str | None, sort: str = "created_at") -> dict[str, Any]
         if digest != _query_digest() or not is_id or not isinstance(after, str) or not _is_position(after, sort):
             raise ValueError
     except (ValueError, TypeError, RecursionError):
-        refuse("parameter", [("cursor", "Does not belong to this list: start without a cursor.")])
+        refuse("parameter", [("cursor", "Does not belong to this list: start without a cursor, and follow Link.")])
     return {"after": after, "after_id": after_id}
 
 

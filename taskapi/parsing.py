@@ -20,6 +20,7 @@ MAX_ERRORS = 20  # in one answer, so that a small body cannot cause a large answ
 # What other APIs call a member or a parameter, if that is not similar to its name here.
 OTHER_NAMES = {
     "status": "is_completed", "done": "is_completed", "search": "q", "query": "q", "order": "sort", "order_by": "sort",
+    "name": "title", "content": "description", "notes": "description", "deadline": "due_at", "labels": "tags",
     "page": "cursor", "skip": "cursor", "offset": "cursor", "page_size": "limit", "per_page": "limit",
 }  # fmt: skip
 _LARGE_BODY = threading.Lock()  # 1 MiB of JSON can take 90 MB as Python objects: one at a time

@@ -52,6 +52,7 @@ DETAILS: list[tuple[Any, str]] = [
     ({"title": "a", "completed": True}, "completed: is unknown here. Did you mean is_completed?"),
     ({"title": "a", "due_date": None}, "due_date: is unknown here. Did you mean due_at?"),
     ({"title": "a", "isCompleted": True}, "isCompleted: is unknown here. Did you mean is_completed?"),
+    ({"title": "a", "deadline": None}, "deadline: is unknown here. Did you mean due_at?"),
     ({"title": "a", "status": "done"}, "status: is unknown here. Did you mean is_completed?"),
     ({"title": "a", "xyzzy": 1}, "xyzzy: is unknown here"),
     ({"title": "a", "due_at": "2026-12-24"}, "due_at: must be a time with its offset, as 2026-12-24T18:00:00Z"),

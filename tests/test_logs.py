@@ -71,7 +71,7 @@ def test_refused_tokens_are_logged_and_only_a_verified_one_names_its_user(
     assert ask(alice, "DELETE", "/7") == 403
     assert events() == [
         refusal(401, "A bearer token is required.", "PATCH", f"{TASK}/complete"),
-        refusal(401, "The token is malformed."),
+        refusal(401, "The token is malformed: it must be a JWT."),
         refusal(401, "The token has expired."),
         refusal(401, "The token's signature is invalid."),
         refusal(403, "The token's subject does not match the user in the URL.", "DELETE", TASK, user=bob.user),
@@ -146,7 +146,8 @@ def test_host_app_logs_refused_requests_only(
     assert [ask(ann), ask(ann, Authorization="Bearer x"), ask(ann)] == [200, 401, 200]
     get_api(host).database.close()
     (refused,) = events()
-    assert {"duration_ms": 0, **refused} == refusal(401, "The token is malformed.")  # the host may measure the duration
+    reason = "The token is malformed: it must be a JWT."
+    assert {"duration_ms": 0, **refused} == refusal(401, reason)  # the host may measure the duration
     assert len(caplog.records) == 1
 
 
