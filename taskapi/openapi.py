@@ -12,6 +12,7 @@ from flask import Flask, Response, request
 
 from . import VERSION
 from .config import ConfigError
+from .context import get_api
 from .idempotency import KEY_PATTERN
 from .logs import path_template
 from .preconditions import not_modified, tag_headers
@@ -24,7 +25,8 @@ QUERIES = {"list_tasks": LIST, "delete_tasks": FILTER, "list_deletions": DELETIO
 
 
 def document(app: Flask) -> Json:
-    """The document of the API in `app`, with its paths there. Raises ConfigError without the extra `docs`."""
+    """The document of the API in `app`, with its paths there. Raises ConfigError without it or the extra `docs`."""
+    get_api(app)
     try:
         from apispec import APISpec
         from apispec.ext.marshmallow import MarshmallowPlugin

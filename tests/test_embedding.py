@@ -369,8 +369,12 @@ def test_token_has_what_the_api_requires() -> None:
     for invalid in (cast(Any, 5), "", "\0"):
         with app.app_context(), pytest.raises(ValueError, match="user id"):
             taskapi.issue_token(invalid)
+
+
+@pytest.mark.parametrize("use", [lambda app: taskapi.issue_token("ann", app=app), taskapi.openapi.init_app])
+def test_app_without_the_api_is_refused(use: Callable[[Flask], object]) -> None:
     with pytest.raises(ConfigError, match="init_app"):
-        taskapi.issue_token("ann", app=host())
+        use(host())
 
 
 def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch, database_url: str) -> None:
