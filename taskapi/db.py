@@ -17,7 +17,7 @@ from psycopg.rows import TupleRow, tuple_row
 from .checks import MIGRATE, NotReady, check_schema, list_node_users
 from .config import ConfigError
 from .pipeline import ConnectionLost, run_batch
-from .pool import CONNECTION, is_dead, make_pool
+from .pool import CONNECTION, POOL_SIZE, is_dead, make_pool
 from .statements import begin_as_user, build_batch, load_sql
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class Database:
         self._connection_args: dict[str, Any] = {**CONNECTION, **conninfo_to_dict(url or ""), "autocommit": True}
         self._owns_pool = pool is None
         self._pool = pool or make_pool(self._connection_args)
-        self.max_connections = self._pool.max_size
+        self.max_connections = self._pool.max_size or POOL_SIZE  # a NullConnectionPool has 0: no limit
         self._schema_is_current = False
         self._is_distributed = False  # by Citus
         self._problem: str | None = None  # what find_problem has found, until it expires

@@ -240,6 +240,13 @@ def test_host_may_lend_its_pool(database_url: str, autocommit: bool) -> None:
         assert not pool.closed
 
 
+def test_lent_pool_without_a_limit_serves_several_requests_of_a_user(database_url: str) -> None:
+    app = host()
+    with psycopg_pool.NullConnectionPool(database_url) as pool, mounted(app, None, pool=pool) as ann:
+        assert ann.list() == []
+        assert [get_api(app).limits.concurrency.start(ann.user) for _ in range(3)] == [1, 2, 3]
+
+
 class Limited(TooManyRequests):
     """As a rate limiter raises it."""
 
