@@ -1,4 +1,5 @@
-"""Limits: the request rate of a user, the rate of refused tokens of a client, and the concurrent requests of a user."""
+"""Limits: the request rate of a user, the rate of refused tokens of a client, and the concurrent requests of a user.
+For the limits of a body, see schemas.py."""
 
 import functools
 import logging
