@@ -5,8 +5,8 @@ import ipaddress
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 import limits
@@ -37,81 +37,6 @@ STORES = ("memory://", "redis://", "rediss://", "redis+unix://")
 
 class ConfigError(ValueError):
     """A setting is missing or invalid. The text names the environment variable and says what to do."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of one API; the README's table describes them. Raises ConfigError if a value is invalid."""
-
-    database_url: str | None = field(default=None, repr=False)
-    secrets: tuple[str, ...] = field(default=(), repr=False)
-    better_auth_url: str | None = None
-    jwks_url: str | None = None
-    issuers: tuple[str, ...] = ()
-    audiences: tuple[str, ...] = ()
-    user_claims: tuple[str, ...] = ("sub", "user.id")
-    rate_limit: str = "30000/minute"
-    max_tasks: int = 100_000
-    rate_limit_refused: str = "10000/minute"
-    rate_limit_storage: str = field(default="memory://", repr=False)
-    cors_origins: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
-    trusted_proxy: str | None = None
-    metrics: tuple[str, int] | None = None
-    docs: bool = True
-
-    def __post_init__(self) -> None:
-        for name, variable in VARIABLES.items():
-            value = getattr(self, variable.member)
-            try:
-                is_valid = value is None or variable.check(value)
-            except ConfigError:
-                raise
-            except Exception:  # of many types; its text may quote a password
-                is_valid = False
-            if not is_valid:
-                raise ConfigError(f"{name} {variable.complaint}")
-
-    @property
-    def key_set_url(self) -> str | None:
-        """The URL of the key set (JWKS), or None. Better Auth has it below its own path, by default `/api/auth`."""
-        if self.jwks_url or not self.better_auth_url:
-            return self.jwks_url
-        path = urlsplit(self.better_auth_url).path.rstrip("/") or "/api/auth"
-        return f"{find_origin(self.better_auth_url)}{path}/jwks"
-
-    @property
-    def better_auth_urls(self) -> tuple[str, ...]:
-        """What Better Auth writes to `iss` and `aud`: the origin of its URL."""
-        return (find_origin(self.better_auth_url),) if self.better_auth_url else ()
-
-    @classmethod
-    def from_env(cls, environ: Mapping[str, str]) -> Self:
-        """The settings in `environ`; an empty variable counts as not set."""
-        found: dict[str, Any] = {}
-        for name, variable in VARIABLES.items():
-            if value := environ.get(name, "").strip():
-                if re.search("[\ud800-\udfff]", value):  # Python decodes bytes that are not UTF-8 as surrogates
-                    raise ConfigError(f"{name} is not UTF-8: set it again")
-                member, parsed = variable.member, variable.parse(value)
-                if parsed == ():
-                    raise ConfigError(f"{name} {variable.complaint}")
-                found[member] = found.get(member, ()) + parsed if member == "secrets" else parsed
-        return cls(**found)
-
-
-def load_env_file() -> None:
-    """Adds the nearest `.env` from the current folder upwards to the environment, which overrides it. Names the file in
-    the log. Raises ConfigError."""
-    if not (path := find_dotenv(usecwd=True)):
-        return
-    try:
-        load_dotenv(path, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # UTF-16, for example
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise ConfigError(f"the settings in {path} cannot be read ({reason}): correct or remove the file") from None
-    log.info("settings from %s", path)
 
 
 def find_origin(url: str) -> str:
@@ -166,13 +91,13 @@ def _check_store(url: str) -> bool:
     return url.startswith(STORES) and (url == "memory://" or bool(storage_from_string(url)))
 
 
-def _parse_address(value: str) -> tuple[str, int]:
+def _parse_address(value: str) -> tuple[str, int | None]:
     host, _, port = value.rpartition(":")
     return host.strip("[]"), _parse_number(port)
 
 
-def _parse_number(value: str) -> int:
-    return int(value) if re.fullmatch("[0-9]{1,9}", value) else -1  # which is out of every range
+def _parse_number(value: str) -> int | None:
+    return int(value) if re.fullmatch("[0-9]{1,9}", value) else None
 
 
 def _parse_names(value: str) -> tuple[str, ...]:
@@ -186,16 +111,9 @@ def _parse_versioned_secrets(value: str) -> tuple[str, ...]:
     return tuple(secret for _, _, secret in versions) if is_valid else ()
 
 
-class Variable(NamedTuple):
-    """What an environment variable sets: the member of Settings, how its text is parsed, whether a value is valid
-    (`check` may also raise an exception), and the message if it is not, or has been parsed as ()."""
-
-    member: str
-    parse: Callable[[str], Any] = str
-    check: Callable[[Any], object] = lambda _: True
-    complaint: str = "has no names: separate names by commas, or leave it unset"
-
-
+# In this order: the first secret signs.
+SECRETS = {"BETTER_AUTH_SECRETS": _parse_versioned_secrets, "BETTER_AUTH_SECRET": lambda secret: (secret,)}
+NO_NAMES = "has no names: separate names by commas, or leave it unset"
 NOT_DATABASE = (
     "is not a libpq URL: set one such as postgresql://user:password@host/database, "
     "and in the password write @ as %40, / as %2F and % as %25"
@@ -211,23 +129,92 @@ NOT_HOST = "is not an address: to listen on all addresses set ::, or 0.0.0.0 for
 NOT_PORT = "is not a number from 0 (any free port) to 65535"
 PORTS = range(65_536)
 SWITCH = {"on": True, "off": False}
-VARIABLES = {
-    "DATABASE_URL": Variable("database_url", str, _check_database_url, NOT_DATABASE),
-    "BETTER_AUTH_SECRETS": Variable("secrets", _parse_versioned_secrets, _check_secrets, NOT_SECRETS),
-    "BETTER_AUTH_SECRET": Variable("secrets", lambda secret: (secret,)),  # after the line above: the first secret signs
-    "BETTER_AUTH_URL": Variable("better_auth_url", str, find_origin, NOT_URL),
-    "JWKS_URL": Variable("jwks_url", str, find_origin, NOT_URL),
-    "JWT_ISSUER": Variable("issuers", _parse_names),
-    "JWT_AUDIENCE": Variable("audiences", _parse_names),
-    "JWT_USER_CLAIM": Variable("user_claims", _parse_names),
-    "MAX_TASKS": Variable("max_tasks", _parse_number, lambda number: number > 0, NOT_TASKS),
-    "RATE_LIMIT": Variable("rate_limit", str, _check_rate, NOT_RATE),
-    "RATE_LIMIT_REFUSED": Variable("rate_limit_refused", str, _check_rate, NOT_RATE),
-    "RATE_LIMIT_STORAGE": Variable("rate_limit_storage", str, _check_store, NOT_STORE),
-    "CORS_ORIGINS": Variable("cors_origins", _parse_names, _check_origins),
-    "TRUSTED_PROXY": Variable("trusted_proxy", str, ipaddress.ip_network, NOT_PROXY),
-    "METRICS": Variable("metrics", _parse_address, lambda at: at[0] not in ("", "*") and at[1] in PORTS, NOT_ADDRESS),
-    "DOCS": Variable("docs", lambda text: SWITCH.get(text, text), (True, False).__contains__, "is not on or off"),
-    "HOST": Variable("host", str, lambda host: host != "*", NOT_HOST),
-    "PORT": Variable("port", _parse_number, PORTS.__contains__, NOT_PORT),
-}
+
+
+def _setting(
+    default: Any, variables: dict[str, Any], check: Callable[[Any], object], complaint: str, **options: Any
+) -> Any:
+    """A member of Settings: the variables that set it, with the functions that parse them; whether a value is valid
+    (`check` may also raise an exception); and the message if it is not, or is parsed as () or None."""
+    metadata = {"variables": variables, "check": check, "complaint": complaint}
+    return field(default=default, metadata=metadata, **options)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one API; the README's table describes them. Raises ConfigError if a value is invalid."""
+
+    database_url: str | None = _setting(None, {"DATABASE_URL": str}, _check_database_url, NOT_DATABASE, repr=False)
+    secrets: tuple[str, ...] = _setting((), SECRETS, _check_secrets, NOT_SECRETS, repr=False)
+    better_auth_url: str | None = _setting(None, {"BETTER_AUTH_URL": str}, find_origin, NOT_URL)
+    jwks_url: str | None = _setting(None, {"JWKS_URL": str}, find_origin, NOT_URL)
+    issuers: tuple[str, ...] = _setting((), {"JWT_ISSUER": _parse_names}, all, NO_NAMES)
+    audiences: tuple[str, ...] = _setting((), {"JWT_AUDIENCE": _parse_names}, all, NO_NAMES)
+    user_claims: tuple[str, ...] = _setting(("sub", "user.id"), {"JWT_USER_CLAIM": _parse_names}, all, NO_NAMES)
+    rate_limit: str = _setting("30000/minute", {"RATE_LIMIT": str}, _check_rate, NOT_RATE)
+    max_tasks: int = _setting(100_000, {"MAX_TASKS": _parse_number}, lambda number: number > 0, NOT_TASKS)
+    rate_limit_refused: str = _setting("10000/minute", {"RATE_LIMIT_REFUSED": str}, _check_rate, NOT_RATE)
+    rate_limit_storage: str = _setting("memory://", {"RATE_LIMIT_STORAGE": str}, _check_store, NOT_STORE, repr=False)
+    cors_origins: tuple[str, ...] = _setting((), {"CORS_ORIGINS": _parse_names}, _check_origins, NO_NAMES)
+    host: str = _setting("127.0.0.1", {"HOST": str}, lambda host: host != "*", NOT_HOST)
+    port: int = _setting(8000, {"PORT": _parse_number}, PORTS.__contains__, NOT_PORT)
+    trusted_proxy: str | None = _setting(None, {"TRUSTED_PROXY": str}, ipaddress.ip_network, NOT_PROXY)
+    metrics: tuple[str, int] | None = _setting(
+        None, {"METRICS": _parse_address}, lambda at: at[0] not in ("", "*") and at[1] in PORTS, NOT_ADDRESS
+    )
+    docs: bool = _setting(True, {"DOCS": SWITCH.get}, lambda on: on in (True, False), "is not on or off")
+
+    def __post_init__(self) -> None:
+        for name, member in VARIABLES.items():
+            value = getattr(self, member.name)
+            try:
+                is_valid = value is None or member.metadata["check"](value)
+            except ConfigError:
+                raise
+            except Exception:  # of many types; its text may quote a password
+                is_valid = False
+            if not is_valid:
+                raise ConfigError(f"{name} {member.metadata['complaint']}")
+
+    @property
+    def key_set_url(self) -> str | None:
+        """The URL of the key set (JWKS), or None. Better Auth has it below its own path, by default `/api/auth`."""
+        if self.jwks_url or not self.better_auth_url:
+            return self.jwks_url
+        path = urlsplit(self.better_auth_url).path.rstrip("/") or "/api/auth"
+        return f"{find_origin(self.better_auth_url)}{path}/jwks"
+
+    @property
+    def better_auth_urls(self) -> tuple[str, ...]:
+        """What Better Auth writes to `iss` and `aud`: the origin of its URL."""
+        return (find_origin(self.better_auth_url),) if self.better_auth_url else ()
+
+    @classmethod
+    def from_env(cls, environ: Mapping[str, str]) -> Self:
+        """The settings in `environ`; an empty variable counts as not set."""
+        found: dict[str, Any] = {}
+        for name, member in VARIABLES.items():
+            if value := environ.get(name, "").strip():
+                if re.search("[\ud800-\udfff]", value):  # Python decodes bytes that are not UTF-8 as surrogates
+                    raise ConfigError(f"{name} is not UTF-8: set it again")
+                parsed = member.metadata["variables"][name](value)
+                if parsed in ((), None):
+                    raise ConfigError(f"{name} {member.metadata['complaint']}")
+                found[member.name] = found.get(member.name, ()) + parsed if member.name == "secrets" else parsed
+        return cls(**found)
+
+
+VARIABLES = {name: member for member in fields(Settings) for name in member.metadata["variables"]}
+
+
+def load_env_file() -> None:
+    """Adds the nearest `.env` from the current folder upwards to the environment, which overrides it. Names the file in
+    the log. Raises ConfigError."""
+    if not (path := find_dotenv(usecwd=True)):
+        return
+    try:
+        load_dotenv(path, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # UTF-16, for example
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        raise ConfigError(f"the settings in {path} cannot be read ({reason}): correct or remove the file") from None
+    log.info("settings from %s", path)
