@@ -2,17 +2,18 @@
 For the limits of a body, see schemas.py."""
 
 import functools
+import itertools
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from ipaddress import IPv6Address, IPv6Network, ip_network
+from ipaddress import IPv6Address, IPv6Network
 from typing import cast
 
 from flask import Request, abort
-from limits import RateLimitItem, parse
+from limits import parse
 from limits.errors import StorageError
 from limits.storage import Storage, storage_from_string
 
@@ -26,10 +27,6 @@ log = logging.getLogger(__name__)
 MAX_COUNTERS = 50_000  # in memory: about 300 bytes each, or 2,300 with the longest user id
 STORE_TIMEOUT = 0.25  # seconds that a request waits for a connection to the store, or for its answer
 STORE_COOLDOWN = 5  # seconds without rate limits after the store failed: in that time no request waits for it
-# Where a proxy may be: loopback and private addresses (RFC 1918, RFC 4193).
-PRIVATE = [
-    ip_network(net) for net in ("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "::1", "fc00::/7")
-]
 # Seconds at the database: a shorter request does not count as use of it. A change may wait for the disk.
 SLOW_READ, SLOW_CHANGE = 0.01, 0.05
 PERIOD = 5  # seconds for which the use is added up; this period and the last one count
@@ -42,7 +39,8 @@ class MemoryStore:
     """Counters of fixed windows in memory.
 
     The memory store of `limits` checks every counter a hundred times a second: with 10,000 users that took 90 µs per
-    request. Here each new window removes the two oldest, if they have ended or there are MAX_COUNTERS.
+    request. Here each new window removes the two oldest, if they have ended or there are MAX_COUNTERS: one more than is
+    added, so that no request has to remove many.
     """
 
     def __init__(self) -> None:
@@ -55,9 +53,11 @@ class MemoryStore:
         with self._lock:
             count, end = self._windows.get(key, (0, now))
             if end <= now:
-                self._windows.pop(key, None)
-                self._remove_oldest(now)
                 count, end = 0, now + expiry
+                self._windows.pop(key, None)  # to add it at the end, as the newest
+                for oldest in [*itertools.islice(self._windows, 2)]:
+                    if self._windows[oldest][1] <= now or len(self._windows) >= MAX_COUNTERS:
+                        del self._windows[oldest]
             self._windows[key] = count + 1, end
         return count + 1
 
@@ -69,13 +69,6 @@ class MemoryStore:
         """When the key's window ends, by time.time()."""
         _, end = self._windows.get(key, (0, 0.0))
         return time.time() + max(0, end - time.monotonic())
-
-    def _remove_oldest(self, now: float) -> None:
-        for _ in range(2):  # one more than is added, so that no request has to remove many
-            if self._windows:
-                key, (_, end) = next(iter(self._windows.items()))
-                if end <= now or len(self._windows) >= MAX_COUNTERS:
-                    del self._windows[key]
 
 
 class Concurrency:
@@ -129,8 +122,7 @@ class Limits:
     together. While the store cannot be reached there are no rate limits; that is logged."""
 
     def __init__(self, settings: Settings, max_connections: int) -> None:
-        self._requests = parse(settings.rate_limit)
-        self._refusals = parse(settings.rate_limit_refused)
+        self._rates = {"person": parse(settings.rate_limit), "refused": parse(settings.rate_limit_refused)}
         self._store = _open_store(settings.rate_limit_storage)
         self._store_disabled_until = 0.0
         self._has_warned = False
@@ -138,8 +130,7 @@ class Limits:
 
     def count_request(self, user_id: str) -> None:
         """Counts a request with a valid token. Ends it with 429 if the user is over the limit."""
-        if self._count(self._requests, "person", user_id) > self._requests.amount:
-            self._refuse(self._requests, "person", user_id)
+        self._count("person", user_id)
         context = current_context()
         context.user_requests = self.concurrency.start(user_id)
         if not context.user_requests:
@@ -149,31 +140,30 @@ class Limits:
     def check_refusals(self, request: Request) -> None:
         """Ends the request with 429 if this client has reached the limit of refusals. Behind an unknown proxy, the
         refusals may be those of others."""
-        client = _client_network(request.remote_addr)
-        count = self._query(self._store.get, self._refusals.key_for("refused", client))
-        if count >= self._refusals.amount and not self._is_from_unknown_proxy(request):
-            self._refuse(self._refusals, "refused", client)
+        client, rate = _client_network(request.remote_addr), self._rates["refused"]
+        count = self._query(self._store.get, rate.key_for("refused", client))
+        if count >= rate.amount and not self._is_from_unknown_proxy(request):
+            self._refuse("refused", client)
 
     def count_refusal(self, request: Request) -> None:
         """Counts a 401 or 403. Ends the request with 429 if the client is over the limit."""
-        client = _client_network(request.remote_addr)
-        if self._count(self._refusals, "refused", client) > self._refusals.amount:
-            self._refuse(self._refusals, "refused", client)
+        self._count("refused", _client_network(request.remote_addr))
 
     def _is_from_unknown_proxy(self, request: Request) -> bool:
         """Whether the address is that of a proxy that TRUSTED_PROXY does not name. Logs the remedy once."""
         address = parse_address(request.remote_addr or "")
-        if "X-Forwarded-For" not in request.headers or "werkzeug.proxy_fix.orig" in request.environ:
-            return False
-        if not any(address in network for network in PRIVATE if address):
+        is_known = "werkzeug.proxy_fix.orig" in request.environ
+        if is_known or "X-Forwarded-For" not in request.headers or not (address and address.is_private):
             return False
         if not self._has_warned:
             self._has_warned = True
             log.warning("all clients count as one: the proxy at %s is unknown; set TRUSTED_PROXY=%s", address, address)
         return True
 
-    def _count(self, item: RateLimitItem, policy: str, subject: str) -> float:
-        return self._query(self._store.incr, item.key_for(policy, subject), item.get_expiry())
+    def _count(self, policy: str, subject: str) -> None:
+        rate = self._rates[policy]
+        if self._query(self._store.incr, rate.key_for(policy, subject), rate.get_expiry()) > rate.amount:
+            self._refuse(policy, subject)
 
     def _query(self, method: Callable[..., float], *args: object) -> float:
         """The store's answer, or 0 while it cannot be reached."""
@@ -183,18 +173,18 @@ class Limits:
             return method(*args)
         except StorageError as error:
             self._store_disabled_until = time.monotonic() + STORE_COOLDOWN
-            reason = str(error.storage_error)
-            fields = {"seconds": STORE_COOLDOWN, "reason": reason}
-            log.error("no rate limits for %s s: %s", STORE_COOLDOWN, reason, extra=fields)
+            seconds, reason = STORE_COOLDOWN, str(error.storage_error)
+            log.error("no rate limits for %s s: %s", seconds, reason, extra={"seconds": seconds, "reason": reason})
             return 0
 
-    def _refuse(self, item: RateLimitItem, policy: str, subject: str) -> None:
+    def _refuse(self, policy: str, subject: str) -> None:
         current_context().reason = f"The {policy} limit is used up."
-        end = self._query(self._store.get_expiry, item.key_for(policy, subject))
+        rate = self._rates[policy]
+        end = self._query(self._store.get_expiry, rate.key_for(policy, subject))
         seconds = max(1, math.ceil(end - time.time()))
         headers = {  # draft-ietf-httpapi-ratelimit-headers
             "Retry-After": str(seconds),
-            "RateLimit-Policy": f'"{policy}";q={item.amount};w={item.get_expiry()}',
+            "RateLimit-Policy": f'"{policy}";q={rate.amount};w={rate.get_expiry()}',
             "RateLimit": f'"{policy}";r=0;t={seconds}',
         }
         abort(problem(429, "Too many requests.", headers))
