@@ -6,7 +6,6 @@ which must exist and be empty before they start, and `flask taskapi metrics` ser
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from wsgiref.simple_server import WSGIServer
@@ -97,8 +96,7 @@ def serve_until_stopped(host: str, port: int) -> None:
     """Serves the sums of several processes, until SIGTERM or Ctrl-C. Raises ConfigError."""
     if FOLDER not in os.environ:
         raise ConfigError(f"{FOLDER} is not set: set it to the folder of the server processes")
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    signals = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before there are other threads, which inherit it
     serve(host, port)
-    stop.wait()
+    signal.sigwait(signals)

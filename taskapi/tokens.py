@@ -95,7 +95,11 @@ class TokenVerifier:
         if not isinstance(user_id, str) or not is_user_id(user_id):
             raise InvalidToken("The token has no usable user id.")
         user = User(user_id, _find_text(claims, "email"), _find_text(claims, "name"))
-        self._add_to_cache(_digest(token), VerifiedToken(user, not_before, expires, keys))
+        with self._lock:
+            self._cache.pop(_digest(token), None)  # to add it at the end, as the newest
+            while len(self._cache) >= MAX_CACHED_TOKENS:
+                del self._cache[next(iter(self._cache))]  # the oldest
+            self._cache[_digest(token)] = VerifiedToken(user, not_before, expires, keys)
         return user
 
     def _decode(self, token: str) -> tuple[dict[str, Any], list[PublicKey] | None]:
@@ -109,11 +113,9 @@ class TokenVerifier:
         elif self._secrets and algorithm == "HS256":
             keys, candidates, default = None, self._secrets, ()  # all secrets: no token names the one that signed it
         else:
-            names = dict.fromkeys(PUBLIC_KEY_ALGORITHMS, "BETTER_AUTH_URL or JWKS_URL") | {
-                "HS256": "BETTER_AUTH_SECRET"
-            }
-            known = algorithm if isinstance(algorithm, str) and algorithm in names else None
-            remedy = f"To accept {known}, set {names[known]}." if known else ""
+            remedy = "To accept HS256, set BETTER_AUTH_SECRET." if algorithm == "HS256" else ""
+            if algorithm in PUBLIC_KEY_ALGORITHMS:
+                remedy = f"To accept {algorithm}, set BETTER_AUTH_URL or JWKS_URL."
             raise InvalidToken("The token's algorithm is not accepted.", remedy)
         issuer, audience = self._settings.issuers or default or None, self._settings.audiences or default or None
         options: Any = {f"verify_{claim}": False for claim in ("exp", "nbf", "iat", "sub", "jti")}
@@ -135,13 +137,6 @@ class TokenVerifier:
     def is_ready(self) -> bool:
         """Whether there is a key to verify tokens with."""
         return bool(self._secrets or (self.key_set and self.key_set.is_ready()))
-
-    def _add_to_cache(self, digest: bytes, verified: VerifiedToken) -> None:
-        with self._lock:
-            self._cache.pop(digest, None)  # to add it at the end, as the newest
-            while len(self._cache) >= MAX_CACHED_TOKENS:
-                del self._cache[next(iter(self._cache))]  # the oldest
-            self._cache[digest] = verified
 
 
 def is_user_id(value: str) -> bool:
