@@ -97,7 +97,7 @@ class Cluster:
         self.folder = folder.absolute()
         self._data = self.folder / "postgres"  # with the socket: other users cannot enter it, and no cleaner empties it
         self._pid_file = self._data / "postmaster.pid"
-        self._process: subprocess.Popen[bytes] | None = None  # if this process started it
+        self._process: subprocess.Popen[bytes] | None = None  # initdb or postgres, if this process has started it
 
     @functools.cached_property
     def url(self) -> str:
@@ -119,7 +119,11 @@ class Cluster:
         with _open(self.folder / "users") as users:
             fcntl.flock(users, fcntl.LOCK_SH)
             with _locked(self.folder):
-                self._start()
+                try:
+                    self._start()
+                except BaseException:  # for example by Ctrl-C
+                    self._end_process()
+                    raise
             try:
                 yield
             finally:
@@ -131,24 +135,25 @@ class Cluster:
         if not self._data.exists():
             self._initdb()
         deadline = time.monotonic() + START_TIMEOUT
-        with contextlib.ExitStack() as stack:
-            while not (self._is_ready() and self._listens()):
-                if self._process is None and not self._listens():
-                    self._reset_lock_files()
-                    options = ("--listen_addresses=", "--unix_socket_directories=.")  # a short path: it is relative
-                    postgres = self._popen("postgres", "-D", str(self._data), *options)
-                    self._process = stack.enter_context(_stop_on_error(postgres))
-                if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
-                    raise ConfigError(f"the embedded PostgreSQL does not start: see {self.folder / 'postgres.log'}")
-                time.sleep(0.01)
+        while not (self._is_ready() and self._listens()):
+            if self._process is None and not self._listens():
+                self._reset_lock_files()
+                options = ("--listen_addresses=", "--unix_socket_directories=.")  # a short path: it is relative
+                self._process = self._popen("postgres", "-D", str(self._data), *options)
+            if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
+                raise ConfigError(f"the embedded PostgreSQL does not start: see {self.folder / 'postgres.log'}")
+            time.sleep(0.01)
 
     def _stop(self) -> None:
         for mode in ("fast", "immediate"):  # the latter loses no data, but the next start needs a recovery
             if self._listens():
                 self._popen("pg_ctl", "stop", "-D", str(self._data), "-m", mode, "-t", str(STOP_TIMEOUT)).wait()
+        self._end_process()  # pg_ctl cannot stop it if its files have been removed
+
+    def _end_process(self) -> None:
+        """Ends the program of PostgreSQL that this process has started, if it runs."""
         if self._process:
-            if not self._pid_file.exists():  # ended, or its files have been removed
-                self._process.send_signal(signal.SIGQUIT)
+            self._process.send_signal(signal.SIGQUIT)
             self._process.wait()
 
     def _initdb(self) -> None:
@@ -160,9 +165,10 @@ class Cluster:
         os.chown(fresh, owner.pw_uid, owner.pw_gid)
         locale = ("--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--encoding=UTF8")
         command = ("initdb", "-D", str(fresh), "-U", "postgres", "-A", "trust", *locale)
-        with _stop_on_error(self._popen(*command)) as initdb:
-            if initdb.wait():
-                raise ConfigError(f"the embedded PostgreSQL cannot be set up: see {self.folder / 'postgres.log'}")
+        self._process = self._popen(*command)
+        if self._process.wait():
+            raise ConfigError(f"the embedded PostgreSQL cannot be set up: see {self.folder / 'postgres.log'}")
+        self._process = None
         fresh.rename(self._data)
 
     def _reset_lock_files(self) -> None:
@@ -232,14 +238,3 @@ class Cluster:
         only = "-all,+dac_override"
         capabilities = [f"--inh-caps={only}", f"--bounding-set={only}", "--ambient-caps=+dac_override"]
         return [*command, *capabilities, "--securebits=+no_setuid_fixup"]
-
-
-@contextlib.contextmanager
-def _stop_on_error(process: subprocess.Popen[bytes]) -> Iterator[subprocess.Popen[bytes]]:
-    """Stops a program of PostgreSQL if its start fails or is interrupted, for example by Ctrl-C."""
-    try:
-        yield process
-    except BaseException:
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        raise
