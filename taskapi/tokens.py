@@ -47,16 +47,6 @@ class User:
     name: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class VerifiedToken:
-    """A verified token: its user, when it is valid, and the key set that verified it, or None for a secret."""
-
-    user: User
-    not_before: float
-    expires: float
-    keys: list[PublicKey] | None
-
-
 class TokenVerifier:
     """Verifies tokens with the settings of one API. Raises ConfigError if they have neither a secret nor a key set."""
 
@@ -69,16 +59,20 @@ class TokenVerifier:
                 "BETTER_AUTH_SECRET is not set: set it to the secret that signs your tokens, "
                 "or BETTER_AUTH_URL or JWKS_URL to where their keys are published"
             )
-        self._cache: dict[bytes, VerifiedToken] = {}  # by the token's digest, so that no token is kept
+        # The user of each verified token, when it is valid, and the key set that verified it, or None for a secret; by
+        # the token's digest, so that no token is kept.
+        self._cache: dict[bytes, tuple[User, float, float, list[PublicKey] | None]] = {}
         self._lock = threading.Lock()
 
     def cached_user(self, token: str) -> User | None:
         """The user of a token that was verified before, if it is valid now and its keys have not changed."""
         found = self._cache.get(_digest(token))
-        if found is None or not found.not_before - LEEWAY <= time.time() < found.expires:
+        if found is None:
             return None
-        is_current = found.keys is None or (self.key_set and found.keys is self.key_set.current())
-        return found.user if is_current else None
+        user, not_before, expires, keys = found
+        is_valid = not_before - LEEWAY <= time.time() < expires
+        is_current = keys is None or (self.key_set and keys is self.key_set.current())
+        return user if is_valid and is_current else None
 
     def verify(self, token: str) -> User:
         """The user of a valid token, which is then cached. Raises InvalidToken or KeysUnavailable."""
@@ -99,7 +93,7 @@ class TokenVerifier:
             self._cache.pop(_digest(token), None)  # to add it at the end, as the newest
             while len(self._cache) >= MAX_CACHED_TOKENS:
                 del self._cache[next(iter(self._cache))]  # the oldest
-            self._cache[_digest(token)] = VerifiedToken(user, not_before, expires, keys)
+            self._cache[_digest(token)] = user, not_before, expires, keys
         return user
 
     def _decode(self, token: str) -> tuple[dict[str, Any], list[PublicKey] | None]:
