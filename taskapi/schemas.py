@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flask import request
-from marshmallow import RAISE, Schema, ValidationError, fields, missing, validate
+from marshmallow import Schema, ValidationError, fields, missing, validate
 
 from .search import MAX_NON_STARTERS, is_stream_safe, make_patterns
 
@@ -23,13 +23,7 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")  # PostgreSQL's text has no NUL 
 _INSTANT = re.compile(  # fromisoformat accepts more in newer versions of Python, such as 24:00
     r"\d{4}-\d\d-\d\d[Tt](?:[01]\d|2[0-3]):\d\d:\d\d(?:\.\d+)?(?:[Zz]|[+-]\d\d:[0-5]\d)", re.ASCII
 )
-# After \s: white space in Python but not in ECMA-262, then characters of zero width.
-_BLANK = r"\s\x1c-\x1f\x85\u200b-\u200f\u2060\ufeff"
-_INVISIBLE = re.compile(f"[{_BLANK}]*")
-
-# _check_storable and _check_visible as patterns for JSON Schema (ECMA-262).
-STORABLE = r"^[^\x00]*$"
-VISIBLE = rf"^[^\x00]*[^\x00{_BLANK}][^\x00]*$"
+_INVISIBLE = re.compile(r"[\s\u200b-\u200f\u2060\ufeff]*")  # also characters of zero width
 
 
 def is_storable(value: str) -> bool:
@@ -87,11 +81,11 @@ def _to_utc(text: str) -> str:
 
 
 def _text(max_length: int, *, may_be_blank: bool = False, **options: Any) -> fields.String:
-    check, pattern = (_check_storable, STORABLE) if may_be_blank else (_check_visible, VISIBLE)
-    return fields.String(validate=[check, validate.Length(max=max_length)], metadata={"pattern": pattern}, **options)
+    check = _check_storable if may_be_blank else _check_visible
+    return fields.String(validate=[check, validate.Length(max=max_length)], **options)
 
 
-_time = functools.partial(fields.String, post_load=_to_utc, metadata={"format": "date-time"})
+_time = functools.partial(fields.String, post_load=_to_utc)
 _flag = functools.partial(
     fields.Boolean, truthy={"true"}, falsy={"false"}, error_messages={"invalid": "Must be true or false."}
 )
@@ -110,9 +104,6 @@ class _ReadOnly(fields.Field[Any]):
 
 
 class _Schema(Schema):
-    class Meta:
-        unknown = RAISE  # marshmallow's default; only if written here, it is in the OpenAPI document
-
     error_messages = {"type": "Must be a JSON object.", "unknown": UNKNOWN}  # noqa: RUF012
 
 
@@ -128,13 +119,7 @@ class TaskSchema(_Schema):
     updated_at = _ReadOnly()
     due_at = _time(allow_none=True, load_default=None)
     priority = _priority(load_default="none")
-    tags = fields.List(
-        _text(50),
-        load_default=list,
-        pre_load=_check_tag_count,
-        validate=_check_distinct,
-        metadata={"default": [], "maxItems": MAX_TAGS, "uniqueItems": True},
-    )
+    tags = fields.List(_text(50), load_default=list, pre_load=_check_tag_count, validate=_check_distinct)
     completed_at = _ReadOnly()
 
 
@@ -151,7 +136,7 @@ class FilterSchema(_Schema):
 
 
 class PageSchema(_Schema):
-    limit = fields.Integer(load_default=MAX_TASKS, pre_load=_parse_limit, metadata={"minimum": 1, "maximum": MAX_TASKS})
+    limit = fields.Integer(load_default=MAX_TASKS, pre_load=_parse_limit)
     cursor = fields.String()
 
 

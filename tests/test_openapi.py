@@ -14,6 +14,8 @@ from typing import Any
 
 import psycopg
 import pytest
+from apispec import APISpec
+from apispec.ext.marshmallow import MarshmallowPlugin
 from flask import Flask
 from flask.testing import FlaskClient
 from openapi_schema_validator import OAS31Validator, oas31_format_checker
@@ -23,6 +25,7 @@ from werkzeug.test import TestResponse
 import taskapi
 from taskapi import Settings, openapi, schemas
 from taskapi.context import get_api
+from taskapi.idempotency import KEY_PATTERN
 from tests.people import SECRET, UNREACHABLE, Answer, Person, mint, running_app
 from tests.processes import CHECKOUT, environment, serving_copy
 from tests.test_embedding import host
@@ -33,6 +36,9 @@ Operations = dict[str, tuple[str, str, dict[str, Any]]]
 HTTP_HEADERS = {"Content-Type", "Content-Length"}  # of HTTP, not of the API
 SINCE = "2000-01-01T00:00:00Z"
 JSON = {"content_type": "application/json"}
+PLUGIN = MarshmallowPlugin()
+APISpec("taskapi", "1", "3.1.0", [PLUGIN])  # sets up the plugin's converter
+CONVERTER: Any = PLUGIN.converter
 
 
 @pytest.fixture(scope="session")
@@ -127,28 +133,64 @@ def test_schemas_have_the_members_and_defaults_of_a_new_task(document: Document,
     assert not re.search("maxLength|pattern", json.dumps(task))
 
 
-def test_every_parameter_has_a_description(document: Document, operations: Operations) -> None:
-    _, _, listed = operations["list_tasks"]
-    parameters = [resolved(document, part) for part in listed["parameters"]]
-    parameters += document["components"]["parameters"].values()
-    assert [part["name"] for part in parameters if not part.get("description")] == []
-    query = {part["name"]: part for part in parameters if part["in"] == "query"}
-    assert set(query) == set(schemas.LIST.fields)
-    repeatable = {name for name, part in query.items() if part["schema"].get("type") == "array"}
-    assert repeatable == {"priority", "tag"}
-    assert all((query[name]["style"], query[name]["explode"]) == ("form", True) for name in repeatable)
+QUERIES = {"list_tasks": schemas.LIST, "delete_tasks": schemas.FILTER, "list_deletions": schemas.DELETIONS}
+
+
+def test_every_parameter_is_described_and_is_that_of_the_schema(document: Document, operations: Operations) -> None:
+    for name, schema in QUERIES.items():
+        parts = [resolved(document, part) for part in operations[name][2]["parameters"]]
+        query = {part["name"]: part for part in parts if part["in"] == "query"}
+        assert [*query] == [*schema.fields]
+        for expected in CONVERTER.schema2parameters(schema, location="query"):
+            assert_has(document, {"required": False, **query[expected["name"]]}, expected)
+    parameters = document["components"]["parameters"]
+    assert [name for name, part in parameters.items() if not part.get("description")] == []
+    assert parameters["Idempotency-Key"]["schema"]["pattern"] == KEY_PATTERN
+    assert resolved(document, parameters["sort"]["schema"])["enum"] == [*schemas.SORTS]
+
+
+def test_limits_are_those_of_the_schemas(document: Document) -> None:
+    found = document["components"]["schemas"]
+    for name, schema in {"NewTask": schemas.TASK, "TaskChanges": schemas.CHANGES, "TaskState": schemas.STATE}.items():
+        expected = CONVERTER.schema2jsonschema(schema)
+        assert found[name].get("required", []) == expected.get("required", [])
+        assert found[name]["additionalProperties"] is False
+        for member, part in expected["properties"].items():
+            assert_has(document, found[name]["properties"][member], part)
+        tags = found[name]["properties"].get("tags", {"maxItems": schemas.MAX_TAGS})
+        assert tags["maxItems"] == schemas.MAX_TAGS
+    for name in ("Tasks", "NewTasks"):
+        assert found[name]["maxItems"] == schemas.MAX_TASKS
+    limit = document["components"]["parameters"]["limit"]["schema"]
+    assert limit == {"type": "integer", "default": schemas.MAX_TASKS, "minimum": 1, "maximum": schemas.MAX_TASKS}
+
+
+def assert_has(document: Document, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Checks that the document has at least what is generated from a schema, except a default, which it describes."""
+    found = resolved(document, found)
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert_has(document, found[name], value)
+        else:
+            assert name == "default" or found[name] == value
 
 
 CHARACTERS = [chr(number) for number in range(0x10000) if not 0xD800 <= number <= 0xDFFF]
+PROPERTIES = json.loads(openapi.TEMPLATE.read_bytes())["components"]["schemas"]["NewTask"]["properties"]
+STORABLE, VISIBLE = PROPERTIES["description"]["pattern"], PROPERTIES["title"]["pattern"]
 
 
-def test_patterns_and_rules_agree_about_every_character() -> None:
+def test_patterns_and_rules_agree_about_every_character(document: Document) -> None:
     schema = schemas.TaskSchema(only=("title", "description"))
     for character in CHARACTERS:
-        assert bool(re.search(schemas.STORABLE, character)) is schemas.is_storable(character)
+        assert bool(re.search(STORABLE, character)) is schemas.is_storable(character)
     refused = {c for c in CHARACTERS if schema.validate({"title": c})}
-    assert refused == {c for c in CHARACTERS if not re.search(schemas.VISIBLE, c)}
+    assert refused == {c for c in CHARACTERS if not re.search(VISIBLE, c)}
     assert {"\0", " ", "\x1c", "\u200b"} < refused
+    body, query = document["components"]["schemas"]["TaskChanges"]["properties"], document["components"]["parameters"]
+    assert body["description"]["pattern"] == STORABLE
+    visible = [body["title"], body["tags"]["items"], PROPERTIES["tags"]["items"], query["tag"]["schema"]["items"]]
+    assert [part["pattern"] for part in (*visible, query["q"]["schema"])] == [VISIBLE] * 5
 
 
 @pytest.mark.parametrize("name", ["create_task", "update_task", "complete_task"])
@@ -374,7 +416,7 @@ def test_client_generated_for_python_is_typed_strictly_and_does_the_tour(
 
 @needs_node
 @pytest.mark.parametrize("flags", ["", "u"])
-@pytest.mark.parametrize("pattern", [schemas.VISIBLE, schemas.STORABLE], ids=["visible", "storable"])
+@pytest.mark.parametrize("pattern", [VISIBLE, STORABLE], ids=["visible", "storable"])
 def test_pattern_means_the_same_to_javascript(pattern: str, flags: str) -> None:
     script = """
         const [pattern, characters] = [new RegExp(process.argv[1], process.argv[2]), [...Array(0x10000).keys()]];
