@@ -7,7 +7,7 @@ import logging
 import math
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from ipaddress import IPv6Address, IPv6Network
 from typing import cast
@@ -80,8 +80,7 @@ class Concurrency:
 
     def __init__(self, max_connections: int) -> None:
         self._limit = max(1, max_connections // 2)
-        self._total = 0
-        self._counts: dict[str, int] = {}  # of the users with requests in progress
+        self._counts: Counter[str] = Counter()  # of the users with requests in progress
         self._period_end = 0.0  # by time.monotonic()
         self._use: dict[str, float] = {}  # seconds of each user in this period, and in the last one
         self._last_use: dict[str, float] = {}
@@ -91,23 +90,21 @@ class Concurrency:
     def start(self, user_id: str) -> int:
         """Counts a request, which must `end`. Returns how many the user has in progress, or 0 if it must be refused."""
         with self._lock:
-            count, limit = self._counts.get(user_id, 0), self._limit
+            limit = self._limit
             used = self._use.get(user_id, 0) + self._last_use.get(user_id, 0)
             if used > max(MIN_USE, self._use_of_all * HEAVY_SHARE):
-                limit = 1 if self._total >= limit else max(1, limit // 2)
-            if count >= limit:
+                limit = 1 if self._counts.total() >= limit else max(1, limit // 2)
+            if self._counts[user_id] >= limit:
                 return 0
-            self._counts[user_id] = count + 1
-            self._total += 1
-        return count + 1
+            self._counts[user_id] += 1
+            return self._counts[user_id]
 
     def end(self, user_id: str, seconds: float, is_change: bool) -> None:
         """Ends a request that took `seconds` of the database's time."""
         with self._lock:
-            count = self._counts.pop(user_id)
-            self._total -= 1
-            if count > 1:
-                self._counts[user_id] = count - 1
+            self._counts[user_id] -= 1
+            if not self._counts[user_id]:
+                del self._counts[user_id]
             if (now := time.monotonic()) > self._period_end:
                 is_recent = now < self._period_end + PERIOD
                 self._use, self._last_use = {}, self._use if is_recent else {}
@@ -123,7 +120,11 @@ class Limits:
 
     def __init__(self, settings: Settings, max_connections: int) -> None:
         self._rates = {"person": parse(settings.rate_limit), "refused": parse(settings.rate_limit_refused)}
-        self._store = _open_store(settings.rate_limit_storage)
+        self._store: Storage | MemoryStore = MemoryStore()
+        if settings.rate_limit_storage != "memory://":
+            timeouts = {"socket_timeout": STORE_TIMEOUT, "socket_connect_timeout": STORE_TIMEOUT}
+            store = storage_from_string(settings.rate_limit_storage, wrap_exceptions=True, **timeouts)
+            self._store = cast(Storage, store)
         self._store_disabled_until = 0.0
         self._has_warned = False
         self.concurrency = Concurrency(max_connections)
@@ -188,13 +189,6 @@ class Limits:
             "RateLimit": f'"{policy}";r=0;t={seconds}',
         }
         abort(problem(429, "Too many requests.", headers))
-
-
-def _open_store(url: str) -> Storage | MemoryStore:
-    if url == "memory://":
-        return MemoryStore()
-    timeouts = {"socket_timeout": STORE_TIMEOUT, "socket_connect_timeout": STORE_TIMEOUT}
-    return cast(Storage, storage_from_string(url, wrap_exceptions=True, **timeouts))
 
 
 @functools.lru_cache(1024)
