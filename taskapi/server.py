@@ -45,7 +45,6 @@ WAITRESS: dict[str, Any] = {
     "max_request_header_size": 16_384,  # bytes: enough for a token, a cookie and a long URL
     "max_request_body_size": 2**30,  # bytes; never reached: Parser has the limits
     "ident": None,  # no Server header
-    "expose_tracebacks": False,
     "log_socket_errors": False,  # clients often disconnect
     "clear_untrusted_proxy_headers": False,  # TrustedProxy reads the headers, and removes untrusted ones
 }
@@ -180,7 +179,8 @@ def main() -> None:
             app = create_app(settings)
             database = get_api(app).database
             stack.callback(database.close)
-            url = format_url(sock)
+            host, port, *_ = sock.getsockname()
+            url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             if is_tryout:
                 migrate(database)
                 docs.add_front_page(app)
@@ -223,9 +223,3 @@ def handle_stop_signals(handler: Callable[..., object] | signal.Handlers) -> Non
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
-
-
-def format_url(sock: socket.socket) -> str:
-    """The URL of a listening socket."""
-    host, port = sock.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
