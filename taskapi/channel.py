@@ -83,14 +83,13 @@ class Channel(HTTPChannel):
     answer_size = 0  # bytes that were written since then
     is_blocked = False  # whether a request waits until the client has read the answer before it
 
-    def received(self, data: bytes) -> bool:
+    def received(self, data: bytes) -> None:
         unfinished = self.request
-        is_accepted: bool = super().received(data)
+        super().received(data)
         if self.request is not unfinished:
             self.request_started = math.inf if self.request is None else time.time()
         if self.request or len(self.requests) > 1:
             self.server.limit_requests(len(data) + REQUEST_OVERHEAD * len(self.requests))
-        return is_accepted
 
     def memory(self) -> int:
         """The bytes of memory that its requests take in excess of SMALL_REQUEST, approximately."""
@@ -109,15 +108,14 @@ class Channel(HTTPChannel):
                 if len(self.requests) == 1:
                     self.server.add_task(self)
 
-    def write_soon(self, data: bytes) -> int:
+    def write_soon(self, data: bytes) -> None:
         if not self.total_outbufs_len:
             self.answer_started = time.time()
             self.answer_size = 0
         self.answer_size += len(data)
-        count: int = super().write_soon(data)
+        super().write_soon(data)
         if self.total_outbufs_len:
             self.server.limit_answers()
-        return count
 
     def service(self) -> None:
         with self.requests_lock:

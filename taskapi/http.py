@@ -207,7 +207,7 @@ class Parser(HTTPRequestParser):
         is_too_large = self.content_length > limit
         expects_continue = self.version == "1.1" and self.headers.get("EXPECT", "").lower() == "100-continue"
         if self.content_length > MAX_DISCARDED or (is_too_large and expects_continue):
-            self._complete_without_body(self.content_length)
+            self._complete_without_body()
         elif self.chunked:
             self.body_rcv = StrictChunkedReceiver(limit)
         elif self.content_length:
@@ -227,12 +227,12 @@ class Parser(HTTPRequestParser):
         if self.chunked and not self.completed:
             line_bytes = self.body_rcv.line_bytes
             if line_bytes > self.adj.max_request_header_size or self.body_bytes_received > 2 * self._max_body():
-                self._complete_without_body(MAX_DISCARDED)
+                self._complete_without_body()
         return consumed
 
-    def _complete_without_body(self, length: int) -> None:
+    def _complete_without_body(self) -> None:
         """Passes the request to the app now. The connection is closed after the answer."""
-        self.headers["CONTENT_LENGTH"] = str(length)
+        self.headers["CONTENT_LENGTH"] = str(MAX_DISCARDED)  # the app answers 413
         self.headers["CONNECTION"] = "close"
         self.body_rcv = None
         self.completed = self.ends_connection = True
