@@ -38,12 +38,10 @@ DRAIN_TIMEOUT = 30  # seconds for which a stopping server waits for requests in 
 WAITRESS: dict[str, Any] = {
     "threads": 8,  # measured with 64 connections: 2 and 4 are a third to a half slower, 28 triple the 99th percentile
     "backlog": 1024,  # new connections that the kernel keeps in its queue before it refuses one
-    "asyncore_use_poll": True,  # select() cannot take descriptors over 1,023
     "cleanup_interval": 5,  # seconds between two checks for connections that are too slow
     "outbuf_high_watermark": 2**40,  # bytes; never reached: no thread waits for a slow client
     "outbuf_overflow": 2**40,  # bytes; never reached: no answer is written to disk
     "max_request_header_size": 16_384,  # bytes: enough for a token, a cookie and a long URL
-    "max_request_body_size": 2**30,  # bytes; never reached: Parser has the limits
     "ident": None,  # no Server header
     "log_socket_errors": False,  # clients often disconnect
     "clear_untrusted_proxy_headers": False,  # TrustedProxy reads the headers, and removes untrusted ones
@@ -130,7 +128,7 @@ class Server(TcpWSGIServer):
             min(readers, key=attrgetter("answer_started")).abort()
 
     def _loop(self, seconds: float) -> None:
-        wasyncore.loop(seconds, use_poll=self.adj.asyncore_use_poll, map=self._map, count=1)
+        wasyncore.loop(seconds, use_poll=True, map=self._map, count=1)  # select() cannot take descriptors over 1,023
 
     def _close_channels(self, condition: Callable[[Channel], bool]) -> None:
         for channel in list(self.active_channels.values()):
