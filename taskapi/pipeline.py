@@ -134,18 +134,19 @@ def _receive(pgconn: pq.abc.PGconn, deadline: float, syncs: int) -> list[pq.abc.
     results: list[pq.abc.PGresult] = []
     unsent = pgconn.flush()
     while True:
-        while unsent or pgconn.is_busy():
-            poll.register(pgconn.socket, select.POLLIN | (select.POLLOUT if unsent else 0))
-            if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
-                raise psycopg.OperationalError("the database did not answer in time")
-            pgconn.consume_input()
-            unsent = pgconn.flush()
-        if (result := pgconn.get_result()) is None:  # the end of one command
-            if pgconn.status != pq.ConnStatus.OK:
+        poll.register(pgconn.socket, select.POLLIN | (select.POLLOUT if unsent else 0))
+        if not poll.poll(max(0, deadline - time.monotonic()) * 1000):
+            raise psycopg.OperationalError("the database did not answer in time")
+        pgconn.consume_input()
+        unsent = pgconn.flush()
+        while not (unsent or pgconn.is_busy()):
+            result = pgconn.get_result()
+            if result is None:
                 raise psycopg.OperationalError(pgconn.get_error_message())
-        elif result.status == pq.ExecStatus.PIPELINE_SYNC:
-            syncs -= 1
-            if not syncs:
-                return results
-        else:
-            results.append(result)
+            if result.status == pq.ExecStatus.PIPELINE_SYNC:
+                syncs -= 1
+                if not syncs:
+                    return results
+            else:
+                results.append(result)
+                pgconn.get_result()  # None: the end of this command. It does not wait: no is_busy(), which is slow

@@ -1,6 +1,5 @@
 """The connection pool: how connections are opened, configured and tested."""
 
-import select
 import traceback
 from typing import Any, Self
 
@@ -67,14 +66,11 @@ def configure_connection(conn: psycopg.Connection[Any]) -> None:
 
 
 def is_dead(conn: psycopg.Connection[Any]) -> bool:
-    """Whether an idle connection is lost. If its socket has something to read, as when the server has closed it, a
-    statement tests it. The request has sent nothing yet, so it can use another connection, even for a change."""
-    poll = select.poll()
-    poll.register(conn.fileno(), select.POLLIN)
-    if not poll.poll(0):
-        return False
+    """Whether an idle connection is lost. Reads what the server has sent meanwhile: perhaps a last message, and the end.
+    The request has sent nothing yet, so it can use another connection, even for a change."""
     try:
-        run_batch(conn, [load_sql("backend_pid")], {}, 1)
-    except psycopg.Error:
+        for _ in range(2):
+            conn.pgconn.consume_input()
+    except psycopg.OperationalError:
         return True
     return False

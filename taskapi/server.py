@@ -151,9 +151,6 @@ def main() -> None:
     """Serves with the environment's settings until SIGTERM, Ctrl-C or the end of the terminal. Without DATABASE_URL it
     is a try-out, with its own PostgreSQL and secret in a folder. Ends with status 1 and one line if it cannot start."""
     logs.configure()
-    # The log does not have these values. Without them it is faster (Python's logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
     with contextlib.suppress(AttributeError):  # glibc: M_MMAP_THRESHOLD is -3
         # Otherwise glibc raises the threshold, and keeps the memory of large bodies and answers that have been freed.
         ctypes.CDLL(None).mallopt(-3, 128 * 1024)

@@ -17,23 +17,26 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not shutil.which("wrk"), reas
 
 def test_comparison_is_written_as_a_table_and_a_plot(tmp_path: Path) -> None:
     """All stacks answer alike, and each kind of request as expected, or the benchmark fails."""
-    stacks = ["waitress", "asyncpg", "sqlmodel"]  # taskapi answers alike under any server: test_any_server.py
+    stacks = ["waitress", "plain", "equal", "sqlmodel"]  # taskapi answers alike under any server: test_any_server.py
     options = ["--seconds=1", "--rounds=1", "--connections=4", "--tasks=1280", "--works", "refused", "--stacks"]
     compare.main([*options, *stacks, f"--output={tmp_path}"])
     page = (tmp_path / "benchmark.md").read_text()
-    rows = re.findall(r"^\| refused \| 4 \| (\w+) \| [\d,]+ \| ([\d.]*) \| ([\d.]*) \| [\d.]+ \| \d+ \|$", page, re.M)
+    rows = re.findall(
+        r"^\| refused \| 4 \| (\w+) \| [\d,]+ \| ([\d.]*) \| [\d.]* \| ([\d.]*) \| [\d.]+ \| \d+ \|$", page, re.M
+    )
     assert [row[0] for row in rows] == stacks
-    assert [bool(row[1] and row[2]) for row in rows] == [True, False, False]
+    assert [bool(row[1] and row[2]) for row in rows] == [True, False, False, False]
     assert all(f">{word}<" in (tmp_path / "benchmark.svg").read_text() for word in ("refused", "taskapi, waitress"))
 
 
 def test_wrong_answers_end_the_run(tmp_path: Path) -> None:
     port = free_port()
     work = Work(lambda _: iter([ask("GET", "ann")]))
-    file = work.write(Tasks("", 0), tmp_path / "requests")
+    tasks = Tasks("", 0)
+    file = work.write(tasks, tmp_path / "requests")
     with started(
         [sys.executable, "-m", "http.server", str(port), "--bind=127.0.0.1"], tmp_path, environment()
     ) as process:
         wait_until(lambda: listens(port), "it listens")
         with pytest.raises(compare.Failed, match="0 should be refused"):
-            compare.measure(compare.Stack(f"http://127.0.0.1:{port}", process), work, file, 1, 1)
+            compare.measure(compare.Stack(f"http://127.0.0.1:{port}", process, tasks), work, file, 1, 1)

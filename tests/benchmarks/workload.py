@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, LiteralString
+from typing import Any
 
 import psycopg
 
@@ -17,11 +17,13 @@ from tests.processes import request
 USERS = 64  # who send requests at the same time
 SHARE = 20  # tasks of a user
 LONG_SHARE = 1_000  # tasks of each user with a long list
+DELETIONS = 20_000  # tasks that a run may delete
+FIRST_DELETION = 10**11  # the id of the first one
 
 SEED = """
     INSERT INTO taskapi.users (id)
     SELECT md5(kind || ' ' || n)
-    FROM (VALUES ('owner', {owners}), ('heavy', {heavy}), ('writer', {users})) AS k (kind, count),
+    FROM (VALUES ('owner', {owners}), ('heavy', {heavy}), ('writer', {users}), ('deleter', {users})) AS k (kind, count),
          generate_series(0, count - 1) AS n;
     SET session_replication_role = replica; -- no foreign key is checked: a million rows in seconds
     INSERT INTO taskapi.tasks (id, user_id, title, description, created_at) OVERRIDING SYSTEM VALUE
@@ -34,8 +36,16 @@ SEED = """
     SELECT setval(pg_get_serial_sequence('taskapi.tasks', 'id'), 1000000000000);
 """
 
-CLEAR: LiteralString = """
-    DELETE FROM taskapi.tasks WHERE user_id = ANY (SELECT md5('writer ' || n) FROM generate_series(0, %s - 1) AS n)
+SETTLE = """
+    DELETE FROM taskapi.tasks
+    WHERE user_id IN (
+        SELECT md5(kind || ' ' || n) FROM unnest(ARRAY['writer', 'deleter']) AS kind, generate_series(0, {users}) AS n
+    );
+    DELETE FROM taskapi.deletions;
+    UPDATE taskapi.users SET task_count = {deletions}
+    WHERE id IN (SELECT md5('deleter ' || n) FROM generate_series(0, {users}) AS n);
+    INSERT INTO taskapi.tasks (id, user_id, title) OVERRIDING SYSTEM VALUE
+    SELECT {first} + n, md5('deleter ' || n % {users}), 'To be deleted' FROM generate_series(0, {deletions} - 1) AS n;
 """
 
 
@@ -60,20 +70,18 @@ class Tasks:
         self.settle()
 
     def settle(self) -> None:
-        """Removes created tasks, and does now what PostgreSQL would otherwise do during a run."""
-        self.execute(CLEAR, USERS)
-        self.execute("VACUUM ANALYZE taskapi.users, taskapi.tasks")
+        """Restores what runs create and delete, and does now what PostgreSQL would otherwise do during a run."""
+        self.execute(SETTLE.format(users=USERS, first=FIRST_DELETION, deletions=DELETIONS))
+        self.execute("VACUUM ANALYZE taskapi.users, taskapi.tasks, taskapi.deletions")
         self.execute("CHECKPOINT")
 
-    def execute(self, command: str, *params: Any) -> None:
+    def execute(self, command: str) -> None:
         with psycopg.connect(self.url, autocommit=True) as conn:
-            conn.execute(command.encode(), params or None)
+            conn.execute(command.encode())
 
     def items(self) -> list[tuple[str, int]]:
-        """Each user with each of their tasks, in random order."""
-        found = [(user("owner", n), share * self.owners + n + 1) for n in range(USERS) for share in range(SHARE)]
-        random.Random(0).shuffle(found)  # noqa: S311 - the same for all stacks
-        return found
+        """Each user with each of their tasks. The users take turns: each may have only a few requests in progress."""
+        return [(user("owner", n), share * self.owners + n + 1) for share in range(SHARE) for n in range(USERS)]
 
 
 @dataclass(frozen=True)
@@ -91,22 +99,43 @@ class Work:
         return file
 
 
-def ask(method: str, user: str, path: str = "", body: Any = None, token: str | None = None) -> bytes:
+def ask(method: str, user: str, path: str = "", body: Any = None, token: str = "") -> bytes:
     data = None if body is None else json.dumps(body).encode()
-    token = token or mint(user, exp=int(time.time()) + 86_400)
     return request(method, f"/api/{user}/tasks{path}", token=token, body=data)
+
+
+def tokens(kind: str) -> list[tuple[str, str]]:
+    """The users of a kind, each with a token."""
+    names = [user(kind, number) for number in range(USERS)]
+    return [(name, mint(name, exp=int(time.time()) + 86_400)) for name in names]
 
 
 def per_item(method: str, path: str = "/{}", body: Any = None) -> Callable[[Tasks], Iterator[bytes]]:
     def requests(tasks: Tasks) -> Iterator[bytes]:
-        tokens = {user: mint(user, exp=int(time.time()) + 86_400) for user, _ in tasks.items()}
-        return (ask(method, user, path.format(id), body, tokens[user]) for user, id in tasks.items())
+        known = dict(tokens("owner"))
+        return (ask(method, user, path.format(id), body, known[user]) for user, id in tasks.items())
 
     return requests
 
 
-def per_user(method: str, kind: str, count: int = USERS, body: Any = None) -> Callable[[Tasks], Iterator[bytes]]:
-    return lambda _: (ask(method, user(kind, number), body=body) for number in range(count))
+def per_user(method: str, kind: str, body: Any = None) -> Callable[[Tasks], Iterator[bytes]]:
+    return lambda _: (ask(method, user, body=body, token=token) for user, token in tokens(kind))
+
+
+def delete(_: Tasks) -> Iterator[bytes]:
+    users = tokens("deleter")
+    for number in range(DELETIONS):
+        name, token = users[number % USERS]
+        yield ask("DELETE", name, f"/{FIRST_DELETION + number}", token=token)
+
+
+def mix(tasks: Tasks) -> Iterator[bytes]:
+    """Of ten requests four read a task, three a list, and one each creates, updates and toggles a task."""
+    kinds = [[*WORKS[kind].requests(tasks)] for kind in ("get", "list of 20", "create", "update", "toggle")]
+    order = random.Random(0)  # noqa: S311 - the same for all stacks
+    for number in range(USERS * SHARE):
+        (requests,) = order.choices(kinds, (4, 3, 1, 1, 1))
+        yield requests[number % len(requests)]
 
 
 def refused(_: Tasks) -> Iterator[bytes]:
@@ -121,8 +150,10 @@ WORKS = {
     "get": Work(per_item("GET")),
     "list of 20": Work(per_user("GET", "owner")),
     "list of 1,000": Work(per_user("GET", "heavy")),
-    "create": Work(per_user("POST", "writer", body={"title": "A new task", "description": "One line."}), 201, True),
+    "create": Work(per_user("POST", "writer", {"title": "A new task", "description": "One line."}), 201, True),
     "update": Work(per_item("PUT", body={"title": "Another title"}), writes=True),
     "toggle": Work(per_item("PATCH", "/{}/complete"), writes=True),
+    "delete": Work(delete, writes=True),
+    "mix": Work(mix, writes=True),
     "refused": Work(refused, 401),
 }

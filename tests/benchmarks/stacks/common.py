@@ -1,7 +1,7 @@
-"""What both FastAPI stacks use: the models of bodies, and the check of the token."""
+"""What the FastAPI stacks use: the models of bodies, and the check of the token."""
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jwt
 from fastapi import Depends, HTTPException
@@ -32,20 +32,24 @@ def unauthorized(detail: str) -> HTTPException:
     return HTTPException(401, detail, {"WWW-Authenticate": "Bearer"})
 
 
-def checked_user(
-    user_id: str, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
-) -> str:
-    """The token's subject, which must be the user of the URL."""
+def decode(credentials: HTTPAuthorizationCredentials | None) -> dict[str, Any]:
+    """The claims of a valid token; 401 for any other."""
     if credentials is None:
         raise unauthorized("A bearer token is required.")
     secret, required = os.environ["BETTER_AUTH_SECRET"], ["exp", "sub"]
     try:
-        claims = jwt.decode(credentials.credentials, secret, algorithms=["HS256"], options={"require": required})
+        return jwt.decode(credentials.credentials, secret, algorithms=["HS256"], options={"require": required})
     except jwt.InvalidTokenError:
         raise unauthorized("The token is invalid.") from None
-    if claims["sub"] != user_id:
+
+
+def check_user(
+    user_id: str, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+) -> str:
+    """The token's subject, which must be the user of the URL."""
+    if decode(credentials)["sub"] != user_id:
         raise HTTPException(403, "The token's subject does not match the user in the URL.")
     return user_id
 
 
-User = Annotated[str, Depends(checked_user)]
+User = Annotated[str, Depends(check_user)]

@@ -1,4 +1,4 @@
-"""FastAPI and asyncpg, as an expert in both combines them: `uvicorn tests.benchmarks.stacks.asyncpg_api:app`
+"""FastAPI and asyncpg, as an expert in both combines them: `uvicorn tests.benchmarks.stacks.plain:app`
 
 PostgreSQL writes the JSON, which is passed through; each statement is prepared once a connection; the pool resets a
 connection that is returned, as it does by default. No row-level security, rate limits or log, and of the contract only
@@ -44,6 +44,7 @@ COMPLETE = f"""
     WHERE user_id = $1 AND id = $2
     RETURNING {JSON}
 """
+DELETE = f"DELETE FROM taskapi.tasks AS t WHERE user_id = $1 AND id = $2 RETURNING {JSON}"
 
 
 @asynccontextmanager
@@ -56,39 +57,52 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
-async def task(request: Request, statement: str, *params: object) -> Response:
-    """PostgreSQL's JSON as the answer."""
-    found = await request.app.state.pool.fetchval(statement, *params)
-    if found is None:
+async def fetch_row(pool: asyncpg.Pool, statement: str, user: str, *params: object) -> asyncpg.Record | None:
+    return await pool.fetchrow(statement, user, *params)
+
+
+app.state.fetch_row = fetch_row
+
+
+async def answer(request: Request, statement: str, *params: object) -> Response:
+    """The JSON in the row's only column."""
+    state = request.app.state
+    row = await state.fetch_row(state.pool, statement, *params)
+    if row is None:
         raise HTTPException(404, "No task with this id.")
-    return Response(found, media_type="application/json")
+    return Response(row[0], media_type="application/json")
 
 
 @app.get("/api/{user_id}/tasks")
 async def list_tasks(request: Request, user: User) -> Response:
-    return await task(request, LIST, user)
+    return await answer(request, LIST, user)
 
 
 @app.post("/api/{user_id}/tasks")
 async def create_task(request: Request, user: User, body: NewTask) -> Response:
     values = (body.title, body.description, body.is_completed, body.due_at, body.priority, body.tags)
-    row = await request.app.state.pool.fetchrow(CREATE, user, *values)
+    row = await request.app.state.fetch_row(request.app.state.pool, CREATE, user, *values)
     location = f"/api/{user}/tasks/{row['id']}"
     return Response(row["task"], 201, {"Location": location}, media_type="application/json")
 
 
 @app.get("/api/{user_id}/tasks/{id}")
 async def get_task(request: Request, user: User, id: int) -> Response:
-    return await task(request, GET, user, id)
+    return await answer(request, GET, user, id)
 
 
 @app.put("/api/{user_id}/tasks/{id}")
 async def update_task(request: Request, user: User, id: int, body: Changes) -> Response:
     if not body.model_fields_set:
         raise HTTPException(422, "At least one field is required.")
-    return await task(request, UPDATE, user, id, body.model_dump_json(exclude_unset=True))
+    return await answer(request, UPDATE, user, id, body.model_dump_json(exclude_unset=True))
 
 
 @app.patch("/api/{user_id}/tasks/{id}/complete")
 async def toggle_task(request: Request, user: User, id: int) -> Response:
-    return await task(request, COMPLETE, user, id)
+    return await answer(request, COMPLETE, user, id)
+
+
+@app.delete("/api/{user_id}/tasks/{id}")
+async def delete_task(request: Request, user: User, id: int) -> Response:
+    return await answer(request, DELETE, user, id)

@@ -1,4 +1,4 @@
-"""FastAPI and SQLModel, as most tutorials combine them: `uvicorn tests.benchmarks.stacks.sqlmodel_api:app`
+"""FastAPI and SQLModel, as most tutorials combine them: `uvicorn tests.benchmarks.stacks.sqlmodel:app`
 
 Synchronous sessions, a dependency that queries the user in each request, and models that validate and serialise each
 answer.
@@ -134,3 +134,11 @@ def toggle_task(session: Database, user: CurrentUser, id: int) -> Task:
     task.is_completed = not task.is_completed
     task.updated_at = now()
     return save(session, task)
+
+
+@app.delete("/api/{user_id}/tasks/{id}", response_model=TaskPublic)
+def delete_task(session: Database, user: CurrentUser, id: int) -> Task:
+    task = find(session, user, id)
+    session.delete(task)
+    session.commit()
+    return task
