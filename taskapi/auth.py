@@ -2,9 +2,9 @@
 
 import re
 
-from flask import Response
+from flask import Response, g
 
-from .context import RequestContext, TaskAPI, current_context, get_api
+from .context import RequestContext, current_context
 from .problems import problem
 from .tokens import InvalidToken, User
 
@@ -18,12 +18,12 @@ def guard() -> Response | None:
     Answers 401 if the token is not valid, and 403 if the URL has another user. Otherwise the view runs next. The limits
     (429) and a key server that does not answer (503) end the request with an exception.
     """
-    context, api = current_context(), get_api()
-    request = context.request
+    context = current_context()
+    request, api = context.request, context.api
     if request.method == "OPTIONS":
         return None
     try:
-        user = _authenticate(context, api)
+        user = _authenticate(context)
     except InvalidToken as error:
         context.remedy = error.remedy
         api.limits.count_refusal(request)
@@ -46,8 +46,9 @@ def guard() -> Response | None:
 
 
 def end_request(_: object = None) -> None:
-    """The blueprint's teardown_request hook: lets the user's next request start."""
-    context, api = current_context(), get_api()
+    """The blueprint's teardown_request hook: lets the user's next request start, and restores the outer context."""
+    context = current_context()
+    g.taskapi, api = context.outer, context.api
     if context.user_requests and context.user:
         seconds = 0 if api.database.is_down else context.database_seconds  # the user has not caused an outage
         is_change = context.request.method not in ("GET", "HEAD")  # changes of one user wait for each other
@@ -55,9 +56,9 @@ def end_request(_: object = None) -> None:
         api.limits.concurrency.end(context.user.id, seconds, is_change)
 
 
-def _authenticate(context: RequestContext, api: TaskAPI) -> User | None:
+def _authenticate(context: RequestContext) -> User | None:
     """The request's user, or None if it has no token. Raises InvalidToken or KeysUnavailable."""
-    credentials = context.request.headers.get("Authorization", "")
+    api, credentials = context.api, context.request.headers.get("Authorization", "")
     if not credentials[:7].lower().startswith("bearer"):
         return None
     bearer = _BEARER.fullmatch(credentials)

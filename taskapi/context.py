@@ -33,6 +33,7 @@ class RequestContext:
     """The state of one request, in `g.taskapi`. The guard, the views and the log share it."""
 
     request: Request
+    api: TaskAPI
     outer: "RequestContext | None"  # if a view of an embedding app calls the API: the context of that view
     request_id: str
     started: float  # by time.perf_counter()
@@ -63,16 +64,9 @@ def current_context() -> RequestContext:
     if found is None or found.request is not current:
         given = current.headers.get("X-Request-ID")
         request_id = given if given and _REQUEST_ID.fullmatch(given) else new_request_id()
-        found = RequestContext(current, found, request_id, time.perf_counter())
+        found = RequestContext(current, get_api(), found, request_id, time.perf_counter())
         state.taskapi = found
     return found
-
-
-def restore_outer_context(_: object = None) -> None:
-    """Restores `g.taskapi` of the outer request; a teardown_request hook."""
-    found: RequestContext | None = g.get("taskapi")
-    if found is not None and found.request is request._get_current_object():  # type: ignore[attr-defined]
-        g.taskapi = found.outer
 
 
 def new_request_id() -> str:

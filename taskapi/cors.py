@@ -16,7 +16,8 @@ MAX_AGE = "7200"  # seconds for which a browser may keep the answer to a preflig
 
 def add_headers(response: Response) -> Response:
     """Allows a page on a configured origin to read this answer, with any status; an after_request hook."""
-    origins, request = get_api().settings.cors_origins, current_context().request
+    context = current_context()
+    origins, request = context.api.settings.cors_origins, context.request
     if origins:
         response.vary.add("Origin")
     is_preflight = request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers

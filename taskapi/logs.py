@@ -17,6 +17,9 @@ log = logging.getLogger("taskapi")
 _STANDARD_FIELDS = {*logging.makeLogRecord({}).__dict__, "message", "asctime", "taskName"}
 
 
+_encode = json.JSONEncoder(default=str).encode
+
+
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {name: value for name, value in record.__dict__.items() if name not in _STANDARD_FIELDS}
 
@@ -48,7 +51,7 @@ class JSONFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exc_info"] = self.formatException(record.exc_info)
-        return json.dumps(line, default=str)
+        return _encode(line)
 
 
 def configure(stream: TextIO = sys.stderr) -> None:

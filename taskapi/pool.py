@@ -66,7 +66,7 @@ def configure_connection(conn: psycopg.Connection[Any]) -> None:
 
 
 def is_dead(conn: psycopg.Connection[Any]) -> bool:
-    """Whether an idle connection is lost. Reads what the server has sent meanwhile: perhaps a last message, and the end.
+    """Whether an idle connection is lost. Reads what the server has sent: perhaps a last message, and the end.
     The request has sent nothing yet, so it can use another connection, even for a change."""
     try:
         for _ in range(2):

@@ -27,7 +27,7 @@ def if_match() -> list[str] | None:
 
 def not_modified(tag: bytes) -> Response | None:
     """304 if If-None-Match has this entity tag or *, else None."""
-    if not request.if_none_match.contains_weak(tag.decode().strip('"')):
+    if "If-None-Match" not in request.headers or not request.if_none_match.contains_weak(tag.decode().strip('"')):
         return None
     response = Response(status=304, headers=tag_headers(tag))
     del response.headers["Content-Type"]

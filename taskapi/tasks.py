@@ -12,8 +12,8 @@ from urllib.parse import quote
 from flask import Blueprint, Response, abort, request, url_for
 from werkzeug.routing import BaseConverter
 
-from . import auth, context, cors, idempotency, logs, methods, pagination, parsing, preconditions, problems, schemas
-from .context import current_context, get_api
+from . import auth, cors, idempotency, logs, methods, pagination, parsing, preconditions, problems, schemas
+from .context import current_context
 from .db import POOL_TIMEOUT, STATEMENT_DEADLINE, DatabaseUnavailable, DuplicateKey, Row, UnexpectedDatabaseError
 from .logs import log_event
 from .search import add_search_texts
@@ -23,7 +23,6 @@ bp = Blueprint("taskapi", __name__)
 bp.before_request(auth.guard)
 bp.after_request(cors.add_headers)
 bp.after_request(logs.add_request_id)
-bp.teardown_request(context.restore_outer_context)
 bp.teardown_request(auth.end_request)
 problems.register_handlers(bp)
 
@@ -97,7 +96,7 @@ def list_deletions(user_id: str) -> Response:
 def create_task(user_id: str) -> Response:
     tasks, is_array = parsing.load_tasks()
     repeat = idempotency.read_key([tasks, is_array])
-    user, max_tasks = cast(User, current_context().user), get_api().settings.max_tasks
+    user, max_tasks = cast(User, current_context().user), current_context().api.settings.max_tasks
     values = {"tasks": json.dumps([*map(add_search_texts, tasks)]), "count": len(tasks), "max_tasks": max_tasks}
     for _ in range(3):
         if repeat["key"] and (response := _repeat(repeat, is_array)):
@@ -168,14 +167,14 @@ bp.record(cors.add_hook)
 
 def _run(statement: str, **params: Any) -> Row | None:
     """Runs sql/{statement}.sql as the request's user, and returns its row or None."""
-    request_context, started = current_context(), time.monotonic()
-    user_id = cast(User, request_context.user).id  # the guard has set it
-    if request_context.deadline is None:
-        request_context.deadline = started + POOL_TIMEOUT + STATEMENT_DEADLINE
+    context, started = current_context(), time.monotonic()
+    user_id = cast(User, context.user).id  # the guard has set it
+    if context.deadline is None:
+        context.deadline = started + POOL_TIMEOUT + STATEMENT_DEADLINE
     try:
-        return get_api().database.run(statement, {"user_id": user_id, **params}, request_context.deadline)
+        return context.api.database.run(statement, {"user_id": user_id, **params}, context.deadline)
     finally:
-        request_context.database_seconds += time.monotonic() - started
+        context.database_seconds += time.monotonic() - started
 
 
 def _change(statement: str, **params: Any) -> Row | None:
@@ -224,7 +223,7 @@ def _created(body: bytes, tag: bytes, id: bytes, is_array: bool) -> Response:
 
 
 def _answer(body: bytes, tag: bytes | None = None, status: int = 200) -> Response:
-    return Response(body, status, preconditions.tag_headers(tag) if tag else None, mimetype="application/json")
+    return Response(body, status, preconditions.tag_headers(tag) if tag else None, content_type="application/json")
 
 
 def _add_sync_time(response: Response, tag: bytes) -> Response:
