@@ -5,6 +5,7 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
 
@@ -12,7 +13,7 @@ import pytest
 from flask import Flask
 from flask.testing import FlaskClient
 
-from taskapi import Settings, init_app
+from taskapi import Settings, init_app, logs
 from taskapi.context import get_api
 from taskapi.logs import ReadableFormatter
 from tests.conftest import Leaks
@@ -228,3 +229,9 @@ def test_line_for_a_terminal_has_no_control_characters() -> None:
     fields = {"user": "a\n12:00:00 ERROR b \x1b[31m\u202e", "status": 401, "route": None}
     line = ReadableFormatter("%(message)s").format(logging.makeLogRecord({"msg": "request", **fields}))
     assert line == "request user='a\\n12:00:00 ERROR b \\x1b[31m\\u202e' status=401"
+
+
+def test_requests_are_answered_while_the_log_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    with running_app() as app, Path("/dev/full").open("wb") as full:
+        monkeypatch.setattr(logs, "_descriptor", full.fileno())
+        assert app.test_client().get("/livez").status_code == 200
