@@ -69,9 +69,6 @@ def configure(stream: TextIO = sys.stderr) -> None:
     handler.setFormatter(readable if stream.isatty() else JSONFormatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
     log.setLevel(logging.INFO)
-    # The log does not have these values. Without them it is faster (Python's logging HOWTO, "Optimization").
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
-    logging._srcfile = None
 
 
 def exit_with(error: Exception) -> NoReturn:
