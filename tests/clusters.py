@@ -87,9 +87,6 @@ class Database:
 class Postgres(Cluster, Database):
     """A PostgreSQL server that runs for the length of a with block and is killed at its end."""
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-
     def __enter__(self) -> Self:
         if citus.URL:
             pytest.skip("the subject is a PostgreSQL server of its own, without Citus")
@@ -188,10 +185,6 @@ class Postgres(Cluster, Database):
         command = ("pg_basebackup", "-d", self.url, "-D", str(copy._data), "-R", "-c", "fast", "--no-sync")
         assert copy._popen(*command).wait(TIMEOUT) == 0, (copy.folder / "postgres.log").read_text()
         return copy
-
-    def promote(self) -> None:
-        """Makes a standby the primary."""
-        assert self.run("SELECT pg_promote()") == [(True,)]
 
     def _initdb(self) -> None:
         super()._initdb()

@@ -21,7 +21,7 @@ from taskapi.db import Database
 from taskapi.embedded import Cluster
 from taskapi.migrations import migrate
 from tests import citus
-from tests.people import Person, running_app
+from tests.people import SECRET, Person, new_person, running_app
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -116,6 +116,12 @@ def database_url(new_database: Callable[..., str]) -> str:
 
 
 @pytest.fixture(scope="session")
+def variables(database_url: str) -> dict[str, str]:
+    """The environment of a server."""
+    return {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
+
+
+@pytest.fixture(scope="session")
 def app(database_url: str) -> Iterator[Flask]:
     with running_app(database_url) as app:
         yield app
@@ -135,15 +141,9 @@ def conn(database_url: str) -> Iterator[psycopg.Connection]:
 
 @pytest.fixture
 def alice(client: FlaskClient) -> Person:
-    return Person(client, f"alice-{secrets.token_hex(6)}")
+    return new_person(client, "alice")
 
 
 @pytest.fixture
 def bob(client: FlaskClient) -> Person:
-    return Person(client, f"bob-{secrets.token_hex(6)}")
-
-
-@pytest.fixture
-def checkout() -> Path:
-    """The tree under test."""
-    return Path(__file__).parents[1]
+    return new_person(client, "bob")

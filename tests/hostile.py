@@ -90,9 +90,13 @@ def memory(pid: int, kind: str = "VmRSS") -> int:
     return int(found) // 1024
 
 
+def count_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
 def usage(pid: int) -> dict[str, int]:
-    descriptors, threads = (len(os.listdir(f"/proc/{pid}/{name}")) for name in ("fd", "task"))
-    return {"peak memory, MB": memory(pid, "VmHWM"), "descriptors": descriptors, "threads": threads}
+    threads = len(os.listdir(f"/proc/{pid}/task"))
+    return {"peak memory, MB": memory(pid, "VmHWM"), "descriptors": count_descriptors(pid), "threads": threads}
 
 
 def main(minutes: float) -> bool:

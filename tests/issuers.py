@@ -46,12 +46,12 @@ def encode(part: Any) -> str:
 
 
 def override(usual: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """The usual members with those that are given in their place; ... removes a member."""
+    """The usual members, replaced by those that are given; ... removes a member."""
     return {name: value for name, value in {**usual, **given}.items() if value is not ...}
 
 
-def claims_of(user: str, **claims: Any) -> dict[str, Any]:
-    """The claims of a token that is valid for an hour."""
+def claims_of(user: Any, /, **claims: Any) -> dict[str, Any]:
+    """The claims of a token for `user`, valid for an hour; a given claim replaces the usual one, and ... removes it."""
     now = int(time.time())
     return override({"sub": user, "iat": now, "exp": now + 3600}, claims)
 
@@ -192,9 +192,8 @@ def late(seconds: float) -> Behaviour:
     return behave
 
 
-def hang(server: KeyServer, sock: socket.socket) -> None:
-    """The behaviour of a server that sends nothing."""
-    server.closing.wait()
+hang = late(600)
+"""The behaviour of a server that sends nothing, for longer than any test takes."""
 
 
 def drip(head: bytes, part: bytes = b" ") -> Behaviour:

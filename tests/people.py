@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-import time
+import secrets
 from collections.abc import Iterator
 from typing import Any, cast
 from urllib.parse import quote
@@ -15,17 +15,15 @@ from werkzeug.test import TestResponse
 
 from taskapi import Settings, create_app
 from taskapi.context import get_api
+from tests.issuers import claims_of
 
 SECRET = "the secret of these tests has 32 bytes and more"
 UNREACHABLE = "postgresql://127.0.0.1:1/nowhere"
 
 
 def mint(user: Any = None, /, secret: str = SECRET, headers: dict[str, Any] | None = None, **claims: Any) -> str:
-    """A token for `user`, valid for an hour; a given claim replaces the usual one, and ... removes it."""
-    now = int(time.time())
-    usual = {"sub": user, "iat": now, "exp": now + 3600}
-    payload = {name: value for name, value in {**usual, **claims}.items() if value is not ...}
-    return jwt.PyJWS().encode(json.dumps(payload).encode(), secret, "HS256", headers)
+    """A token with the claims of `claims_of`."""
+    return jwt.PyJWS().encode(json.dumps(claims_of(user, **claims)).encode(), secret, "HS256", headers)
 
 
 @contextlib.contextmanager
@@ -63,17 +61,23 @@ class Person:
         kwargs.setdefault("headers", {"Authorization": f"Bearer {self.token}"})
         return cast(Answer, self.client.open(path, **kwargs))
 
-    def list(self) -> list[dict[str, Any]]:
-        response = self.request("GET")
+    def list(self, query: dict[str, Any] | str = "") -> list[dict[str, Any]]:
+        response = self.request("GET", query_string=query)
         assert response.status_code == 200, response.text
-        tasks: list[dict[str, Any]] = response.json
-        return tasks
+        return [*response.json]
 
     def create(self, title: str = "Buy milk", **members: Any) -> dict[str, Any]:
         response = self.request("POST", json={"title": title, **members})
         assert response.status_code == 201, response.text
-        task: dict[str, Any] = response.json
-        return task
+        return {**response.json}
+
+    def deletions(self, since: str = "1970-01-01T00:00:00Z", **query: Any) -> Answer:
+        return self.open(f"{self.tasks[:-5]}deletions", query_string={"since": since, **query})
+
+
+def new_person(client: FlaskClient, name: str = "ann") -> Person:
+    """A user whom no other test has."""
+    return Person(client, f"{name}-{secrets.token_hex(6)}")
 
 
 def next_url(response: TestResponse) -> str:

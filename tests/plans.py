@@ -55,9 +55,8 @@ CASES = [*REQUESTS, ("export_tasks", {}), ("lock_user", {}), ("delete_user", {})
 CASES += [("upsert_user", {"nonce": 1, **COUNT})]
 """These and the statements of the commands."""
 
-each_statement = pytest.mark.parametrize(
-    ("name", "given"), CASES, ids=[f"{number} {name}" for number, (name, _) in enumerate(CASES)]
-)
+IDS = [f"{number} {name}" for number, (name, _) in enumerate(CASES)]
+each_statement = pytest.mark.parametrize(("name", "given"), CASES, ids=IDS)
 
 
 def explain(conn: psycopg.Connection, name: str, given: dict[str, Any]) -> tuple[dict[str, Any], bool]:

@@ -100,6 +100,17 @@ def within(seconds: float, at_least: float = 0) -> Iterator[None]:
     assert at_least <= time.monotonic() - start < seconds
 
 
+@contextlib.contextmanager
+def switching_often() -> Iterator[None]:
+    """Threads take turns at every opportunity."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
 def processes_in(folder: Path) -> set[int]:
     """The processes whose working directory is `folder` or below it, such as all of a PostgreSQL."""
     found = set()
@@ -217,6 +228,19 @@ def assert_problem(answer: Answer, status: int) -> None:
     assert set(answer.json) == {"type", "title", "status", "detail", *({"errors"} if status == 422 else ())}
     assert (answer.json["type"], answer.json["status"]) == ("about:blank", status)
     assert ("www-authenticate" in answer.headers) == (status == 401)
+
+
+def run(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
+    """Runs a program that must succeed, and returns what it writes to stdout."""
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_lines(lines: str, folder: Path, env: Mapping[str, str]) -> str:
+    """Runs lines of bash of which each must succeed, with this Python instead of one in .venv."""
+    lines = re.sub(r"\.venv/bin/(?=taskapi|flask)", f"{sys.executable} -m ", lines)
+    return run(["bash", "-euo", "pipefail", "-c", lines], folder, env)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,12 @@ import re
 import secrets
 import signal
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from tests.people import SECRET, mint
+from tests.people import mint
 from tests.processes import Server, Wire, assert_problem, request, shared_copy, wait_until
 from tests.servers import SERVERS, THREADS, connected, listens, raise_timeouts, serving_with, tasks_locked
 
@@ -20,13 +19,6 @@ TASKS = f"/api/{USER}/tasks"
 TOKEN = mint(USER)
 TASK = b'{"title": "Buy milk"}'
 CHUNKED = "Transfer-Encoding: chunked"
-
-
-@pytest.fixture(scope="module")
-def variables(database_url: str) -> dict[str, str]:
-    return {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
-
-
 folder = shared_copy(raise_timeouts)
 
 
@@ -66,7 +58,10 @@ OPERATIONS = [
 def test_contract(any_server: Server) -> None:
     """Requests of each kind, on one connection."""
     with Wire(any_server.url) as wire:
-        assert [wire.send(get(target=path)).answer().status for path in ("/livez", "/readyz")] == [200, 200]
+        for path, state, token in (("/livez", "alive", None), ("/readyz", "ready", None), ("/readyz", "ready", "x")):
+            health = wire.send(get(target=path, token=token)).answer()
+            assert (health.status, health.headers["content-type"]) == (200, "application/json")
+            assert health.json == {"status": state}
         created = wire.send(request("POST", TASKS, token=TOKEN, body=TASK)).answer()
         assert (created.status, created.json["title"]) == (201, "Buy milk")
         location, tag = created.headers["location"], created.headers["etag"]
@@ -112,13 +107,6 @@ def test_unusual_target_is_answered(any_server: Server, target: str) -> None:
             assert_problem(wire.send(get(target=sent, token=None)).answer(), 401)
 
 
-def test_script_with_four_parallel_creates_is_never_refused(any_server: Server) -> None:
-    script, body = mint("script"), {"title": "t"}
-    with ThreadPoolExecutor(4) as threads:
-        sent = [threads.submit(any_server.ask, "POST", "/api/script/tasks", body, script) for _ in range(100)]
-    assert {one.result().status for one in sent} == {201}
-
-
 def test_upgrade_is_ignored(any_server: Server) -> None:
     upgrade = ("Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: AAAA")
     with Wire(any_server.url) as wire:
@@ -141,48 +129,36 @@ def post(*headers: str, body: bytes = b"") -> bytes:
 
 
 CHUNKS = b"15\r\n" + TASK + b"\r\n0\r\n\r\n"
+BAD_TARGETS = ["/api/ann/tasks /", "/api/ann/tasks#there", "*", "/api/é/tasks", "http://[/"]
+BAD_FIELDS = ["Host: elsewhere", "X-Header", "X-Space : 1", "X-Nul: \0", "X-Cr: a\rb", "X-Lf: a\nb"]
 LENGTHS = ["-1", "+21", "21, 21", "0x15", "2 1", "21.0", "", "2e1", "\u0661", "9" * 5_000]
+BAD_CODINGS = [[CHUNKED, "Content-Length: 21"], ["Content-Length: 21", CHUNKED], [CHUNKED, CHUNKED]]
+BAD_CODINGS += [[f"Transfer-Encoding: {value}"] for value in ("gzip, chunked", "\vchunked", "\r\n chunked")]
+BAD_CHUNKS = [b"-5\r\n", b"0x" + CHUNKS, CHUNKS.replace(b"15", b"5"), CHUNKS.replace(b"15", b"15;\x00")]
 BAD_FRAMING = {
+    **{f"target {target}": get(target=target) for target in BAD_TARGETS},
+    **{f"field {field}": get(field) for field in BAD_FIELDS},
+    **{f"Content-Length: {length[:9]}": post(f"Content-Length: {length}", body=TASK) for length in LENGTHS},
+    **{f"{', '.join(fields)}": post(*fields, body=CHUNKS) for fields in BAD_CODINGS},
+    **{f"chunk {body!r}": post(CHUNKED, body=body) for body in BAD_CHUNKS},
     "garbage": b"\x00\x01\x02\r\n\r\n",
-    "target with a space": get(target=f"{TASKS} /"),
-    "target with a fragment": get(target=f"{TASKS}#there"),
-    "target *": get(target="*"),
-    "target not in ASCII": get(target="/api/é/tasks"),
-    "target with a bad address": get(target="http://[/"),
-    "lower-case method": get(method="get"),
+    "get": get(method="get"),
     "CONNECT": get(method="CONNECT"),
     "HTTP/0.9": f"GET {TASKS}\r\n\r\n".encode(),
     "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
     "no Host": get().replace(b"Host: localhost\r\n", b""),
-    "two Hosts": get("Host: elsewhere"),
-    "header without a colon": get("X-Header"),
-    "space before the colon": get("X-Space : 1"),
-    "bare LFs": b"GET / HTTP/1.0\n\n",
-    "NUL in a header": get("X-Nul: \0"),
-    "bare CR in a header": get("X-Cr: a\rb"),
-    "bare LF in a header": get("X-Lf: a\nb"),
     "folded first header": get().replace(b"Host", b" Host"),
+    "bare LFs": b"GET / HTTP/1.0\n\n",
     "header of 17 KB": get(f"X-Long: {'x' * 17_000}"),
     "endless headers": get()[:-2] + b"X-Endless: 1\r\n" * 10_000,
     "endless first line": b"GET /" + b"x" * 100_000,
-    **{f"Content-Length: {length[:9]}": post(f"Content-Length: {length}", body=TASK) for length in LENGTHS},
     "two Content-Lengths": post("Content-Length: 21", "Content-Length: 21", body=TASK),
     "bad Content-Length with Expect": post("Content-Length: x", "Expect: 100-continue"),
-    "Content-Length, Transfer-Encoding": post("Content-Length: 21", CHUNKED, body=CHUNKS),
-    "Transfer-Encoding, Content-Length": post(CHUNKED, "Content-Length: 21", body=CHUNKS),
-    "Transfer-Encoding in HTTP/1.0": post(CHUNKED, body=CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"),
-    "gzip, chunked": post("Transfer-Encoding: gzip, chunked", body=CHUNKS),
-    "vertical tab, chunked": post("Transfer-Encoding: \vchunked", body=CHUNKS),
     "empty Transfer-Encoding and length": post("Transfer-Encoding:", "Content-Length: 21", body=TASK),
-    "chunked twice": post(CHUNKED, CHUNKED, body=CHUNKS),
-    "folded Transfer-Encoding": post("Transfer-Encoding:\r\n chunked", body=CHUNKS),
-    "negative chunk size": post(CHUNKED, body=b"-5\r\n"),
-    "chunk size with a prefix": post(CHUNKED, body=b"0x" + CHUNKS),
-    "chunk longer than its size": post(CHUNKED, body=CHUNKS.replace(b"15", b"5")),
-    "NUL as a chunk extension": post(CHUNKED, body=CHUNKS.replace(b"15", b"15;\x00")),
+    "chunked in HTTP/1.0": post(CHUNKED, body=CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"),
 }
 NOT_400 = {"header of 17 KB": 431, "endless headers": 431, "endless first line": 414, "HTTP/2": 505}
-NOT_400 |= dict.fromkeys(("gzip, chunked", "lower-case method", "CONNECT"), 501)
+NOT_400 |= dict.fromkeys(("Transfer-Encoding: gzip, chunked", "get", "CONNECT"), 501)
 
 
 @pytest.mark.parametrize("framing", BAD_FRAMING)
@@ -207,9 +183,7 @@ STOPS += [("granian", signal.SIGTERM), ("granian", signal.SIGINT)]
 
 
 @pytest.mark.parametrize(("name", "number"), STOPS, ids=[f"{name} {number.name}" for name, number in STOPS])
-def test_requests_in_progress_survive_a_stop(
-    folder: Path, variables: dict[str, str], name: str, number: signal.Signals
-) -> None:
+def test_requests_survive_a_stop(folder: Path, variables: dict[str, str], name: str, number: signal.Signals) -> None:
     """Also those that wait for a thread, for which there is no warning in the log."""
     users = [f"{USER}-{n}" for n in range(2 * THREADS)]
     posts = [request("POST", f"/api/{user}/tasks", token=mint(user), body=TASK) for user in users]

@@ -1,29 +1,19 @@
-"""Bulk writes: arrays of tasks, of which all or none are created, and deletes by a filter (see also test_lists.py)."""
+"""Bulk writes: arrays of tasks, of which all or none are created, how many a user may have, and deletes by a filter."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import psycopg
 import pytest
 from flask import Flask
 
 from taskapi.schemas import MAX_TASKS
-from tests.people import Answer, Person, assert_problem
+from tests.people import Answer, Person, assert_problem, new_person, running_app
 
 
 def delete(person: Person, query: str, **headers: str) -> Answer:
     return person.request("DELETE", query_string=query, headers={n.replace("_", "-"): v for n, v in headers.items()})
-
-
-def test_an_array_is_created_and_answered_in_its_order(alice: Person) -> None:
-    bodies = [{"title": f"{n}", "is_completed": n % 2 == 0, "tags": [f"{n}"]} for n in (3, 1, 2)]
-    response = alice.request("POST", json=bodies)
-    assert response.status_code == 201
-    assert response.content_type == "application/json"
-    assert not {"Location", "ETag"} & set(response.headers.keys())
-    tasks = response.json
-    assert [{name: task[name] for name in bodies[0]} for task in tasks] == bodies
-    assert [task["completed_at"] for task in tasks] == [None, None, tasks[2]["created_at"]]
-    assert alice.list() == tasks == sorted(tasks, key=lambda task: task["id"])
 
 
 @pytest.mark.parametrize("count", [0, 1, MAX_TASKS])
@@ -99,8 +89,8 @@ def test_a_delete_with_another_tag_than_the_lists_is_412(alice: Person) -> None:
     assert delete(alice, "is_completed=false", If_Match="*").json == []
 
 
-def test_concurrent_writes_to_the_same_tasks_all_succeed(alice: Person, app: Flask) -> None:
-    """Each task is deleted once, and no write is refused because of another."""
+def test_concurrent_writes_all_succeed(alice: Person, app: Flask, conn: psycopg.Connection) -> None:
+    """Each task is deleted once, no write is refused because of another, and the counter of tasks stays right."""
     created = {task["id"] for task in alice.request("POST", json=[{"title": "t"}] * 60).json}
 
     def work(number: int) -> tuple[set[int], list[int]]:
@@ -111,7 +101,8 @@ def test_concurrent_writes_to_the_same_tasks_all_succeed(alice: Person, app: Fla
                 response = delete(person, "is_completed=true")
                 deleted += [task["id"] for task in response.json]
             elif number == 1:
-                response = person.request("POST", json=[{"title": "new", "priority": "low"}] * 2)
+                key = {"Idempotency-Key": f"{id % 40}"}  # some of them are repeats
+                response = person.request("POST", json=[{"title": "new", "priority": "low"}] * 2, headers=key)
             elif number % 2:
                 response = person.request("PATCH", f"/{id}/complete")
             else:
@@ -121,9 +112,54 @@ def test_concurrent_writes_to_the_same_tasks_all_succeed(alice: Person, app: Fla
 
     with ThreadPoolExecutor(4) as threads:
         results = list(threads.map(work, range(8)))
-    assert set().union(*(statuses for statuses, _ in results)) <= {200, 201, 404}
+    assert set().union(*(statuses for statuses, _ in results)) <= {200, 201, 404, 410}
     deleted = [id for _, ids in results for id in ids]
     assert len(set(deleted)) == len(deleted)
     remaining = {task["id"] for task in alice.list()}
     assert remaining.isdisjoint(deleted)
     assert created <= remaining | set(deleted)
+    counted = conn.execute("SELECT task_count FROM taskapi.users WHERE id = %s", [alice.user]).fetchone()
+    assert counted == (len(remaining),)
+
+
+def test_a_user_has_at_most_max_tasks(database_url: str) -> None:
+    key, other_key = {"Idempotency-Key": "k"}, {"Idempotency-Key": "other"}
+    full = [{"pointer": "#", "detail": "A user has at most 5 tasks: delete some first."}]
+    with running_app(database_url, max_tasks=5) as app:
+        person, other = (new_person(app.test_client()) for _ in range(2))
+        tasks = person.request("POST", json=[{"title": "t"}] * 3, headers=key).json
+        tag = person.request("GET").headers["ETag"]
+        assert_problem(person.request("POST", json=[{"title": "t"}] * 3), 422, errors=full)
+        assert person.request("GET").headers["ETag"] == tag
+        tasks += person.request("POST", json=[{"title": "u"}] * 2).json
+        assert_problem(person.request("POST", json={"title": "t"}), 422, errors=full)
+        assert_problem(person.request("POST", json={"title": "t"}, headers=other_key), 422, errors=full)
+        repeated = person.request("POST", json=[{"title": "t"}] * 3, headers=key)
+        assert (repeated.status_code, repeated.json) == (201, tasks[:3])
+        assert person.list() == tasks
+        assert person.request("PUT", f"/{tasks[0]['id']}", json={"title": "changed"}).status_code == 200
+        other.create()
+        person.request("DELETE", f"/{tasks[0]['id']}")
+        assert person.request("POST", json={"title": "t"}, headers=other_key).status_code == 201
+        assert len(person.request("DELETE", query_string="is_completed=false").json) == 5
+        assert person.request("POST", json=[{"title": "t"}] * 5).status_code == 201
+        assert_problem(person.request("POST", json=[{"title": "t"}] * 6), 422, errors=full)
+
+
+def test_a_sequence_behind_its_rows_is_503_until_it_has_passed_them(new_database: Callable[..., str]) -> None:
+    url = new_database(migrated=True)
+    with running_app(url) as app, psycopg.connect(url, autocommit=True) as conn:
+        alice = Person(app.test_client(), "alice")
+        tasks = [alice.create(f"{n}") for n in range(3)]
+        conn.execute("SELECT setval('taskapi.tasks_id_seq', %s, false)", [tasks[0]["id"]])
+        statuses: list[int] = []
+        for body in ({"title": "t"}, [{"title": "t"}] * 2, {"title": "t"}, {"title": "t"}):
+            response = alice.request("POST", json=body, headers={"Idempotency-Key": f"{len(statuses)}"})
+            statuses.append(response.status_code)
+            if response.status_code != 201:
+                assert_problem(response, 503)
+                assert response.headers["Retry-After"]
+        assert set(statuses) <= {201, 503}
+        assert statuses[-1] == 201
+        assert alice.list()[:3] == tasks
+        assert conn.execute("SELECT task_count FROM taskapi.users").fetchall() == [(len(alice.list()),)]

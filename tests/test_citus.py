@@ -186,9 +186,7 @@ ALTER TABLE taskapi.tasks ADD CONSTRAINT tasks_later CHECK (later <> ';');
 """
 
 
-def test_the_owner_applies_a_later_migration_and_distributes_its_table(
-    new_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_owner_distributes_later_tables(new_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     url, owner = new_database(migrated=True), f"owner_{secrets.token_hex(6)}"
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("DROP SCHEMA taskapi CASCADE")

@@ -16,16 +16,14 @@ from taskapi import Settings, db
 from taskapi.context import get_api
 from taskapi.db import Database
 from tests.chromium import browsing, needs_chromium, serving_pages
-from tests.people import SECRET, Answer, Person, assert_problem, mint, running_app
-from tests.processes import CHECKOUT, copied, serving
+from tests.people import SECRET, Answer, Person, assert_problem, mint, new_person, running_app
+from tests.processes import CHECKOUT, serving_copy
 
 ORIGIN = "https://app.example.com"
 LOCAL = "http://127.0.0.1:5173"
 MOBILE, EXTENSION = "capacitor://localhost", "chrome-extension://mmgkgmbcafbjbpnfbkkcgjjihgmmchgf"
-EXPOSED = {
-    *("Location", "ETag", "Link", "Sync-Time", "X-Total-Count", "Retry-After", "WWW-Authenticate"),
-    *("RateLimit", "RateLimit-Policy"),
-}
+EXPOSED = {"Location", "ETag", "Link", "Sync-Time", "X-Total-Count", "WWW-Authenticate"}
+EXPOSED |= {"Retry-After", "RateLimit", "RateLimit-Policy"}
 ALLOWED = {"Authorization", "Content-Type", "If-Match", "If-None-Match", "Idempotency-Key"}
 JSON = "application/json"
 
@@ -38,7 +36,7 @@ def server(database_url: str) -> Iterator[FlaskClient]:
 
 @pytest.fixture
 def ann(server: FlaskClient) -> Person:
-    return Person(server, f"ann-{secrets.token_hex(6)}")
+    return new_person(server)
 
 
 def fetch(person: Person, method: str, path: str = "", origin: str = ORIGIN, **kwargs: Any) -> Answer:
@@ -47,9 +45,7 @@ def fetch(person: Person, method: str, path: str = "", origin: str = ORIGIN, **k
     return person.request(method, path, headers=headers, **kwargs)
 
 
-def preflight(
-    person: Person, method: str, path: str = "", origin: str = ORIGIN, asked: str = "authorization,content-type"
-) -> Answer:
+def preflight(person: Person, method: str, path: str = "", origin: str = ORIGIN, asked: str = "content-type") -> Answer:
     """The request that a browser sends before, without a token."""
     headers = {"Origin": origin, "Access-Control-Request-Method": method, "Access-Control-Request-Headers": asked}
     return person.open(person.tasks + path, method="OPTIONS", headers=headers)
@@ -72,10 +68,10 @@ def assert_nothing_granted(response: TestResponse, *, vary: str | None = "Origin
     assert response.headers.get("Vary") == vary
 
 
-@pytest.mark.parametrize(
-    ("path", "methods"),
-    [("", "GET POST DELETE"), ("/", "GET POST DELETE"), ("/1", "GET PUT DELETE"), ("/1/complete/", "PATCH")],
-)
+PATHS = [("", "GET POST DELETE"), ("/", "GET POST DELETE"), ("/1", "GET PUT DELETE"), ("/1/complete/", "PATCH")]
+
+
+@pytest.mark.parametrize(("path", "methods"), PATHS)
 def test_a_preflight_needs_no_token_and_lists_the_methods_of_its_url(ann: Person, path: str, methods: str) -> None:
     for method in (*methods.split(), "BREW"):
         response = preflight(ann, method, path)
@@ -104,28 +100,24 @@ def test_a_page_of_each_configured_origin_reads_its_answers(ann: Person, origin:
         assert_readable(response, origin)
 
 
-@pytest.mark.parametrize(
-    ("status", "request_"),
-    [
-        (400, {"method": "POST", "data": b"{", "content_type": JSON}),
-        *((401, {"method": "GET", "headers": {"Authorization": value}}) for value in ("", "Bearer a.b.c")),
-        (403, {"method": "GET", "headers": {"Authorization": f"Bearer {mint('ben')}"}}),
-        *((404, {"method": "GET", "path": path}) for path in ("/1", "/1/2", "//")),
-        (405, {"method": "PATCH"}),
-        (413, {"method": "POST", "data": b"x" * 70_000, "content_type": JSON}),
-        (415, {"method": "POST", "data": b"x"}),
-        (422, {"method": "POST", "json": {}}),
-    ],
-)
+REFUSED: list[tuple[int, dict[str, Any]]] = [
+    *((400, {"method": "POST", "data": b"{", "content_type": JSON}), (405, {"method": "PATCH"})),
+    *((401, {"method": "GET", "headers": {"Authorization": value}}) for value in ("", "Bearer a.b.c")),
+    (403, {"method": "GET", "headers": {"Authorization": f"Bearer {mint('ben')}"}}),
+    *((404, {"method": "GET", "path": path}) for path in ("/1", "/1/2", "//")),
+    (413, {"method": "POST", "data": b"x" * 70_000, "content_type": JSON}),
+    *((415, {"method": "POST", "data": b"x"}), (422, {"method": "POST", "json": {}})),
+]
+
+
+@pytest.mark.parametrize(("status", "request_"), REFUSED)
 def test_a_page_reads_why_a_request_was_refused(ann: Person, status: int, request_: dict[str, Any]) -> None:
     response = fetch(ann, **request_)
     assert_problem(response, status)
     assert_readable(response)
 
 
-def test_a_page_reads_that_the_server_failed_and_how_long_to_wait(
-    database_url: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_reads_of_failures_and_how_long_to_wait(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(db, "POOL_TIMEOUT", 0.1)
     limited = {"database_url": database_url, "rate_limit": "1/minute"}
     for status, settings in ((429, limited), (503, {}), (500, {})):
@@ -138,24 +130,18 @@ def test_a_page_reads_that_the_server_failed_and_how_long_to_wait(
         assert ("Retry-After" in response.headers) == (status != 500)
 
 
-@pytest.mark.parametrize(
-    "origin",
-    [
-        *("https://app.example.com.evil.example", "https://evil-app.example.com", "https://x.app.example.com"),
-        *("https://example.com", "https://app.example.com:8443", "https://app.example.com:443"),
-        *("http://app.example.com", "https://APP.example.com", "https://app.example.com.", "https://app.example.com/"),
-        *("https://app.example.co", "https://appxexample.com", "http://127.0.0.1", "http://localhost:5173"),
-        *("null", "*", "", f"{ORIGIN} {LOCAL}", f"{ORIGIN}, {ORIGIN}"),
-    ],
-)
+OTHERS = ["https://app.example.com.evil.example", "https://evil-app.example.com", "https://x.app.example.com"]
+OTHERS += ["https://example.com", "https://app.example.com:8443", "https://app.example.com:443"]
+OTHERS += ["http://app.example.com", "https://APP.example.com", "https://app.example.com.", "https://app.example.com/"]
+OTHERS += ["https://app.example.co", "https://appxexample.com", "http://127.0.0.1", "http://localhost:5173"]
+OTHERS += ["null", "*", "", f"{ORIGIN} {LOCAL}", f"{ORIGIN}, {ORIGIN}"]
+
+
+@pytest.mark.parametrize("origin", OTHERS)
 def test_another_origin_is_granted_nothing(ann: Person, origin: str) -> None:
-    for response in (
-        preflight(ann, "POST", origin=origin),
-        fetch(ann, "GET", origin=origin),
-        fetch(ann, "GET", "/1", origin=origin),
-        fetch(ann, "GET", origin=origin, headers={"Authorization": ""}),
-    ):
-        assert_nothing_granted(response)
+    assert_nothing_granted(preflight(ann, "POST", origin=origin))
+    for path, headers in (("", {}), ("/1", {}), ("", {"Authorization": ""})):
+        assert_nothing_granted(fetch(ann, "GET", path, origin, headers=headers))
 
 
 def test_a_refused_origin_is_logged(ann: Person, alice: Person, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,24 +195,17 @@ def test_an_answer_of_the_host_keeps_its_status(host: Flask) -> None:
         assert_readable(response)
 
 
-@pytest.fixture
-def port() -> Iterator[int]:
-    with serving_pages(CHECKOUT / "tests" / "browser") as port:
-        yield port
-
-
 @needs_chromium
-def test_a_browser_lets_a_configured_origin_in_and_no_other(database_url: str, port: int, tmp_path: Path) -> None:
-    user, ours = f"browser-{secrets.token_hex(6)}", f"http://127.0.0.1:{port}"
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "CORS_ORIGINS": ours}
-    with copied(tmp_path / "checkout") as checkout, serving(checkout, variables) as server:
-        tasks, found = f"/api/{user}/tasks", []
-        with browsing(tmp_path / "browser") as tab:
-            for origin in (ours, f"http://localhost:{port}"):
-                tab.open(f"{origin}/page.html?token={mint(user)}&tasks={server.url}{tasks}")
+def test_a_browser_lets_a_configured_origin_in_and_no_other(variables: dict[str, str], tmp_path: Path) -> None:
+    user, found = f"browser-{secrets.token_hex(6)}", []
+    with serving_pages(CHECKOUT / "tests" / "browser") as port, browsing(tmp_path / "browser") as tab:
+        ours, other = (f"http://{host}:{port}" for host in ("127.0.0.1", "localhost"))
+        with serving_copy(tmp_path, variables | {"CORS_ORIGINS": ours}) as server:
+            for origin in (ours, other):
+                tab.open(f"{origin}/page.html?token={mint(user)}&tasks={server.url}/api/{user}/tasks")
                 tab.wait_for("window.found")
                 found.append(tab.evaluate("found"))
-        assert server.ask("GET", tasks, token=mint(user)).json == []
+            assert server.ask("GET", f"/api/{user}/tasks", token=mint(user)).json == []
     succeeded = {"created": 201, "listed": 200, "completed": 200, "deleted": 200}
     statuses = {name: answer[0] for name, answer in found[0].items()}
     assert statuses == {**succeeded, "gone": 404, "nowhere": 404, "blank": 422, "unknown": 401}

@@ -14,29 +14,19 @@ from psycopg import errors
 from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
-from taskapi import db, migrations
+from taskapi import migrations
 from taskapi.checks import load_migrations
 from taskapi.context import get_api
 from taskapi.db import Database
 from taskapi.migrations import migrate
 from taskapi.schemas import FILTER, SORTS
 from taskapi.statements import load_fragments, load_sql
+from tests import plans
 from tests.citus import needs_postgresql
 from tests.clusters import Postgres
-from tests.people import Person, assert_problem, running_app
-from tests.plans import (
-    CASES,
-    MIGRATING,
-    OF_NO_USER,
-    ON_ROWS,
-    STATEMENTS,
-    USER_COLUMNS,
-    VALUES,
-    each_statement,
-    explain,
-    rows_read,
-    scans,
-)
+from tests.people import Person, running_app
+from tests.plans import CASES, MIGRATING, OF_NO_USER, ON_ROWS, STATEMENTS, USER_COLUMNS, VALUES, each_statement
+from tests.processes import CHECKOUT
 
 FILTERS = tuple(FILTER.fields)
 
@@ -52,9 +42,9 @@ def test_a_file_is_one_statement_with_its_parameters_in_the_header(name: str) ->
     assert set(re.findall(r"%\((\w+)\)s", text)) == names
 
 
-def test_no_module_holds_sql(checkout: Path) -> None:
+def test_no_module_holds_sql() -> None:
     command = re.compile(r"\b(SELECT|INSERT INTO|UPDATE|DELETE FROM)\b.*\b(FROM|SET|VALUES|WHERE)\b")
-    modules = (checkout / "taskapi").glob("*.py")
+    modules = (CHECKOUT / "taskapi").glob("*.py")
     assert [module.name for module in modules if command.search(module.read_text())] == []
 
 
@@ -80,18 +70,20 @@ def test_every_key_and_index_starts_with_the_user(conn: psycopg.Connection) -> N
     assert sorted(found) == [(f"taskapi.{table}", definition) for table in sorted({*USER_COLUMNS} - {"users"})]
 
 
-MEMBERS = [
-    *("id", "user_id", "title", "description", "is_completed", "created_at", "updated_at", "due_at", "priority"),
-    *("tags", "completed_at"),
-]
+MEMBERS = ["id", "user_id", "title", "description", "is_completed", "created_at", "updated_at", "due_at", "priority"]
+MEMBERS += ["tags", "completed_at"]
 
 
 def test_a_task_has_the_same_members_everywhere_whatever_columns_there_are(new_database: Callable[..., str]) -> None:
+    """Nor does a new column break the statements that are prepared."""
     with running_app(new_database(migrated=True)) as app:
-        with get_api(app).database.connect() as conn:
-            conn.execute("ALTER TABLE taskapi.tasks ADD COLUMN internal text DEFAULT 'x'")
-            conn.execute("ALTER TABLE taskapi.deletions ADD COLUMN internal text DEFAULT 'x'")
         ann, key = Person(app.test_client(), "ann"), {"Idempotency-Key": "k"}
+        with get_api(app).database.connect() as conn:
+            for change in ("", "ALTER TABLE taskapi.tasks ADD new int", "ALTER TABLE taskapi.deletions ADD new int"):
+                conn.execute(change.encode())
+                for _ in range(9):  # on each connection
+                    assert ann.request("DELETE", f"/{ann.create()['id']}").status_code == 200
+        before = len(ann.deletions().json)
         tasks = [ann.request("POST", json={"title": "t"}, headers=key).json for _ in range(2)]
         tasks += ann.request("POST", json=[{"title": "t"}]).json
         path = f"/{tasks[0]['id']}"
@@ -101,19 +93,16 @@ def test_a_task_has_the_same_members_everywhere_whatever_columns_there_are(new_d
         tasks += [*ann.list(), *map(json.loads, exported)]
         tasks += ann.request("DELETE", query_string="is_completed=false").json
         assert [list(task) for task in tasks] == [MEMBERS] * 10
-        deletions = ann.open("/api/ann/deletions?since=2000-01-01T00:00:00Z").json
-        assert [list(deletion) for deletion in deletions] == [["id", "deleted_at"]] * 2
+        assert [list(deletion) for deletion in ann.deletions().json[before:]] == [["id", "deleted_at"]] * 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        *("title = ''", "title = ' a'", "title = repeat('a', 501)", "title = NULL", "description = repeat('a', 10001)"),
-        *("is_completed = NULL", "updated_at = created_at - interval '1 second'", "due_at = 'infinity'", "id = 0"),
-        *("priority = NULL", "priority = 'urgent'", "tags = NULL", "tags = array_fill('a'::text, ARRAY[21])"),
-        *("tags = ARRAY['a', NULL]", "user_id = ''", "user_id = 'unknown'"),
-    ],
-)
+REFUSED = ["title = ''", "title = ' a'", "title = repeat('a', 501)", "title = NULL", "description = repeat('a', 10001)"]
+REFUSED += ["is_completed = NULL", "updated_at = created_at - interval '1 second'", "due_at = 'infinity'", "id = 0"]
+REFUSED += ["priority = NULL", "priority = 'urgent'", "tags = NULL", "tags = array_fill('a'::text, ARRAY[21])"]
+REFUSED += ["tags = ARRAY['a', NULL]", "user_id = ''", "user_id = 'unknown'"]
+
+
+@pytest.mark.parametrize("change", REFUSED)
 def test_the_database_enforces_the_rules_too(alice: Person, conn: psycopg.Connection, change: str) -> None:
     task = alice.create()
     refusals = (errors.IntegrityError, errors.GeneratedAlways, errors.FeatureNotSupported)  # the last one by Citus
@@ -135,9 +124,7 @@ def large(new_database: Callable[..., str]) -> Iterator[psycopg.Connection]:
                    CASE WHEN n % 3 > 0 THEN now() + n % 1000 * interval '1 hour' END, n % 50 > 0
             FROM generate_series(1, 120000) n
         """)
-        conn.execute(
-            "INSERT INTO taskapi.deletions SELECT user_id, created_at + interval '1 year', id FROM taskapi.tasks"
-        )
+        conn.execute("INSERT INTO taskapi.deletions SELECT user_id, created_at + interval '1 y', id FROM taskapi.tasks")
         conn.execute("INSERT INTO taskapi.idempotency_keys SELECT user_id, id, '', ARRAY[id] FROM taskapi.tasks")
         conn.execute(f"ANALYZE {', '.join(f'taskapi.{table}' for table in USER_COLUMNS)}".encode())
         yield conn
@@ -147,15 +134,15 @@ def large(new_database: Callable[..., str]) -> Iterator[psycopg.Connection]:
 @each_statement
 def test_a_statement_reads_only_rows_of_its_user(large: psycopg.Connection, name: str, given: dict[str, Any]) -> None:
     """Under row-level security, with one plan for all users unless it is planned for its values; no text is folded."""
-    plan, is_generic = explain(large, name, {**given, "user_id": "user-7"})
-    found = list(scans(plan, *USER_COLUMNS))
+    plan, is_generic = plans.explain(large, name, {**given, "user_id": "user-7"})
+    found = list(plans.scans(plan, *USER_COLUMNS))
     assert found or name == "upsert_user"
     for scan in found:
         condition = scan.get("Index Cond", scan.get("Recheck Cond", ""))
         user = re.search(rf"\b{USER_COLUMNS[scan['Relation Name']]} = \(?('user-7'|\$\d)", condition)
         assert user, scan
         assert user[1].startswith("$" if is_generic else "'"), scan
-        assert rows_read(scan) <= 20, scan
+        assert plans.rows_read(scan) <= 20, scan
     assert "current_setting('taskapi.user_id'::text, true)" in json.dumps(plan) or name == "upsert_user"
     assert not re.search(r"fold|normalize|lower\(|upper\(|translate", json.dumps(plan))
 
@@ -168,9 +155,7 @@ PAGED += [("due_at", OPEN, 2_000), ("-due_at", OPEN, 2_000)]
 
 @needs_postgresql
 @pytest.mark.parametrize(("sort", "filters", "count"), PAGED)
-def test_a_deep_page_costs_no_more_than_twice_the_first(
-    large: psycopg.Connection, sort: str, filters: dict[str, Any], count: int
-) -> None:
+def test_a_deep_page_costs_little(large: psycopg.Connection, sort: str, filters: dict[str, Any], count: int) -> None:
     """The last but one of up to 2,000 pages with 50 tasks."""
     order = load_fragments()[f"order{' descending' if sort.startswith('-') else ''}"]
     conditions = "".join(f" AND t.{name} = {value}" for name, value in filters.items())
@@ -184,14 +169,14 @@ def test_a_deep_page_costs_no_more_than_twice_the_first(
         deep = cursor.execute(text.encode()).fetchone()
     assert deep
     given = {"user_id": "user-0", "limit": 50, "sort": sort, **filters}
-    plans = [explain(large, "list_tasks", {**given, **more})[0] for more in ({}, deep)]
-    first, last = (plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in plans)
+    found = [plans.explain(large, "list_tasks", {**given, **more})[0] for more in ({}, deep)]
+    first, last = (plan["Shared Hit Blocks"] + plan["Shared Read Blocks"] for plan in found)
     assert last <= 2 * first
     if sort == "created_at" or (sort, filters) == ("due_at", OPEN):  # which have an index
         assert first < 300
-        for scan in (scan for plan in plans for scan in scans(plan, "tasks")):
+        for scan in (scan for plan in found for scan in plans.scans(plan, "tasks")):
             assert scan["Node Type"] == "Index Scan", scan
-            assert rows_read(scan) <= 60, scan
+            assert plans.rows_read(scan) <= 60, scan
 
 
 def load_key(sort: str) -> str:
@@ -239,25 +224,12 @@ def test_a_failed_migration_leaves_nothing(database: Database, monkeypatch: pyte
         assert conn.execute("SELECT to_regnamespace('taskapi')").fetchone() == (None,)
 
 
-def test_an_old_schema_is_503_until_it_is_migrated_and_a_newer_one_is_served(
-    new_database: Callable[..., str], caplog: pytest.LogCaptureFixture
-) -> None:
-    with running_app(new_database()) as app:
-        ann = Person(app.test_client(), "ann")
-        for _ in range(2):
-            response = ann.request("POST", json={"title": "t"})
-            assert_problem(response, 503)
-            assert int(response.headers["Retry-After"]) >= 1
-        assert f"lacks {', '.join(load_migrations())}: run `taskapi migrate`" in caplog.text
-        first, second = (app.test_cli_runner().invoke(args=["taskapi", "migrate"]) for _ in range(2))
-        assert (first.exit_code, second.exit_code) == (0, 0)
-        assert first.output.splitlines() == [f"applied {name}" for name in load_migrations()]
-        assert second.output == "the schema is up to date\n"
+def test_a_newer_schema_is_served(new_database: Callable[..., str]) -> None:
+    with running_app(new_database(migrated=True)) as app:
         with get_api(app).database.connect() as conn:
             conn.execute("INSERT INTO taskapi.migrations (name) VALUES ('9999_of_a_newer_version')")
-        assert ann.create()["user_id"] == "ann"
-    with running_app(get_api(app).settings.database_url or "") as app:  # which looks at the schema again
-        assert len(Person(app.test_client(), "ann").list()) == 1
+        ann = Person(app.test_client(), "ann")
+        assert [ann.create()] == ann.list()
 
 
 def test_a_login_with_createrole_migrates_and_serves(tmp_path: Path) -> None:
@@ -269,17 +241,3 @@ def test_a_login_with_createrole_migrates_and_serves(tmp_path: Path) -> None:
             assert migrate(get_api(app).database) == [*load_migrations()]
             ann = Person(app.test_client(), "ann")
             assert [ann.create()] == ann.list()
-
-
-def test_an_unreachable_database_is_503_and_only_the_log_has_the_cause(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(db, "POOL_TIMEOUT", 0.1)
-    with running_app() as app:
-        response = Person(app.test_client(), "ann").request("GET")
-        result = app.test_cli_runner().invoke(args=["taskapi", "migrate"])
-    assert_problem(response, 503, detail="The database cannot be reached now.")
-    assert response.headers["Retry-After"] == "1"
-    assert "database unavailable: " in caplog.text
-    assert result.exit_code == 1
-    assert re.fullmatch("Error: .*refused.*\n", result.output)

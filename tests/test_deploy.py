@@ -21,36 +21,19 @@ import psycopg
 import pytest
 
 from taskapi.config import VARIABLES
-from tests import citus
+from tests import citus, processes
 from tests.people import SECRET, mint
-from tests.processes import (
-    CHECKOUT,
-    PYTHON,
-    TIMEOUT,
-    Wire,
-    ask,
-    copied,
-    environment,
-    free_port,
-    readme,
-    request,
-    serving,
-    shared_copy,
-    started,
-    wait_until,
-)  # fmt: skip
+from tests.processes import PYTHON, Wire, ask, environment, free_port, readme, request, serving, started, wait_until
 from tests.servers import listens, needs_nginx, nginx, serving_with
 
 TOKEN = mint("ann")
 TASKS = "/api/ann/tasks"
-
-
-folder = shared_copy()
+folder = processes.shared_copy()
 
 
 @pytest.fixture
-def settings(database_url: str) -> dict[str, str]:
-    return {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "TRUSTED_PROXY": "127.0.0.1"}
+def settings(variables: dict[str, str]) -> dict[str, str]:
+    return variables | {"TRUSTED_PROXY": "127.0.0.1"}
 
 
 @contextmanager
@@ -67,9 +50,7 @@ def nginx_before(url: str, other: str, folder: Path, rate: str = "100r/s") -> It
 @needs_nginx
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl")
 @pytest.mark.parametrize("prefix", ["", "/todo"])
-def test_urls_behind_nginx_with_tls_are_those_of_the_client(
-    folder: Path, settings: dict[str, str], tmp_path: Path, prefix: str
-) -> None:
+def test_urls_behind_nginx_are_the_clients(folder: Path, settings: dict[str, str], tmp_path: Path, prefix: str) -> None:
     """At the root, and at a path as the README says. A client that accepts gzip gets strong tags."""
     secure, plain, key, certificate = free_port(), free_port(), f"{tmp_path}/key.pem", f"{tmp_path}/certificate.pem"
     command = f"openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=localhost -keyout {key} -out {certificate}"
@@ -78,10 +59,8 @@ def test_urls_behind_nginx_with_tls_are_those_of_the_client(
     site = site.replace("/etc/ssl/tasks.example.com.pem", certificate).replace("443", str(secure))
     site = site.replace("80;", f"{plain};").replace("https://$host", f"https://$host:{secure}")
     if prefix:
-        site = site.replace("location / {", "location /todo/ {").replace(
-            "pass http://taskapi;", "pass http://taskapi/;"
-        )
-        site = site.replace('Prefix "";', "Prefix /todo;")
+        site = site.replace("location / {", "location /todo/ {").replace('Prefix "";', "Prefix /todo;")
+        site = site.replace("pass http://taskapi;", "pass http://taskapi/;")
     https = urllib.request.HTTPSHandler(context=ssl.create_default_context(cafile=certificate))
     headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json", "Accept-Encoding": "gzip"}
     with serving(folder, settings) as server, ExitStack() as stack:
@@ -163,7 +142,7 @@ def test_migration_of_a_later_version_fails_no_request(folder: Path, new_databas
     url, stop = new_database(migrated=True), threading.Event()
     settings = {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}
     with ExitStack() as stack, ThreadPoolExecutor() as pool:
-        later = stack.enter_context(copied(folder.parent / "later"))
+        later = stack.enter_context(processes.copied(folder.parent / "later"))
         (later / "sql" / "migrations" / "9999_later.sql").write_text(LATER_MIGRATION)
         server = stack.enter_context(serving(folder, settings))
         working = [pool.submit(create_tasks, server.url, f"user-{number}", stop) for number in range(6)]
@@ -174,7 +153,7 @@ def test_migration_of_a_later_version_fails_no_request(folder: Path, new_databas
                     started([*PYTHON, "-m", "taskapi", "migrate"], later, environment(**settings))
                 )
                 time.sleep(2)
-            assert migrate.popen.wait(TIMEOUT) == 0, migrate.stderr
+            assert migrate.popen.wait(processes.TIMEOUT) == 0, migrate.stderr
             new = stack.enter_context(serving(later, settings))
             assert [ask(one.url, "GET", "/readyz").status for one in (new, server)] == [200, 200]
         finally:
@@ -184,9 +163,7 @@ def test_migration_of_a_later_version_fails_no_request(folder: Path, new_databas
 
 
 @needs_nginx
-def test_nginx_keeps_unfinished_uploads_and_floods_from_granian(
-    folder: Path, settings: dict[str, str], tmp_path: Path
-) -> None:
+def test_nginx_keeps_uploads_and_floods_from_granian(folder: Path, settings: dict[str, str], tmp_path: Path) -> None:
     """Each of its threads reads one body; nginx in front gives it whole ones. waitress needs no help: test_waitress."""
     half = request("POST", TASKS, token=TOKEN, body=b'{"title": "Buy milk"}')[:-5]
     with serving_with("granian", folder, settings) as server, ExitStack() as stack:
@@ -225,8 +202,8 @@ def test_compose_file_migrates_and_then_serves(folder: Path, new_database: Calla
     port = free_port()
     command = server["command"].replace("8000", str(port)).split()
     with started([sys.executable, "-m", *command], folder, env) as process:
-        for number in (1, 2):
-            process.wait_for(f"Started worker-{number}")  # a worker that still starts delays the stop
+        for number in (1, 2):  # a worker that still starts delays the stop
+            process.wait_for(f"Started worker-{number}")
         wait_until(lambda: listens(port), "granian listens")
         assert ask(f"http://127.0.0.1:{port}", "GET", TASKS, token=TOKEN).status == 200
         assert process.stop() == 0
@@ -240,8 +217,8 @@ def test_container_file_copies_and_runs_what_is_needed(database_url: str, tmp_pa
     steps = [line.split(" ", 1) for line in readme(language="dockerfile").splitlines()]
     for words in (rest.split() for step, rest in steps if step == "COPY"):
         for source in words[:-1]:
-            copy = shutil.copytree if (CHECKOUT / source).is_dir() else shutil.copy
-            copy(CHECKOUT / source, tmp_path / words[-1])
+            copy = shutil.copytree if (processes.CHECKOUT / source).is_dir() else shutil.copy
+            copy(processes.CHECKOUT / source, tmp_path / words[-1])
     values = {step: rest for step, rest in steps if step not in ("COPY", "RUN")}
     host, port = values["ENV"].removeprefix("HOST="), str(free_port())
     env = environment(HOST=host, PORT=port, DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)

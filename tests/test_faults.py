@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import json
 import operator
 import os
 import re
@@ -34,7 +35,7 @@ from tests.people import SECRET, Person, mint, running_app
 from tests.people import assert_problem as assert_problem_in_process
 from tests.processes import Answer, Server, Wire, assert_problem, copied, request, serving, wait_until, within
 from tests.servers import python_after, serving_with
-from tests.soak import Client, measure
+from tests.soak import Client, measure, soak
 
 pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
 
@@ -146,8 +147,7 @@ def create(server: Server, title: str = "new", user: str = "ann") -> Answer:
 
 
 def count(postgres: Postgres, title: str) -> int:
-    number: int = postgres.run("SELECT count(*) FROM taskapi.tasks WHERE title = %s", title)[0][0]
-    return number
+    return int(postgres.run("SELECT count(*) FROM taskapi.tasks WHERE title = %s", title)[0][0])
 
 
 def assert_unavailable(answer: Answer, detail: str | None) -> None:
@@ -155,8 +155,6 @@ def assert_unavailable(answer: Answer, detail: str | None) -> None:
     assert answer.json["detail"] == detail
     assert answer.headers["retry-after"] == "1"
 
-
-# Every fault against every kind of request
 
 UNCHANGED = [("old", False, False)]
 """Title, state, and whether it was ever changed, of each task of the user."""
@@ -181,9 +179,11 @@ class Subject:
         self.user = f"{kind}-{secrets.token_hex(6)}"
         self.task = create(server, "old", self.user).json["id"]
 
-    def send(self) -> Answer:
+    def send(self, *headers: str) -> Answer:
         method, path, body, _ = REQUESTS[self.kind]
-        return self.server.ask(method, f"/api/{self.user}/tasks{path.format(self.task)}", body, mint(self.user))
+        target, sent = f"/api/{self.user}/tasks{path.format(self.task)}", body and json.dumps(body).encode()
+        with Wire(self.server.url) as wire:
+            return wire.send(request(method, target, *headers, token=mint(self.user), body=sent)).answer()
 
     def send_timed(self) -> tuple[Answer, float]:
         start = time.monotonic()
@@ -297,11 +297,8 @@ CONFLICTS = {"40P01": ("deadlock_timeout", "200ms"), "40001": ("default_transact
 @pytest.mark.parametrize("state", CONFLICTS)
 def test_conflict_with_another_transaction_is_503(server: Server, postgres: Postgres, state: str) -> None:
     subject = Subject(server, postgres, "update")
-    with (
-        postgres.setting(*CONFLICTS[state]),
-        psycopg.connect(postgres.url, application_name="test") as conn,
-        ThreadPoolExecutor(1) as threads,
-    ):
+    connect = partial(psycopg.connect, postgres.url, application_name="test")
+    with postgres.setting(*CONFLICTS[state]), connect() as conn, ThreadPoolExecutor(1) as threads:
         conn.execute("SET deadlock_timeout = '20s'")  # the request finds the deadlock, and ends
         conn.execute("UPDATE taskapi.tasks SET title = title WHERE user_id = %s", [subject.user])
         answer = threads.submit(subject.send)
@@ -314,14 +311,9 @@ def test_conflict_with_another_transaction_is_503(server: Server, postgres: Post
     assert re.search("database unavailable: (deadlock detected|could not serialize)", server.stderr)
 
 
-# Lost connections
-
-
 @pytest.mark.parametrize("times", [1, 2])
 @both_servers
-def test_lost_connection_before_a_change_is_unknown_and_a_read_is_retried_once(
-    server: Server, postgres: Postgres, times: int
-) -> None:
+def test_lost_connection_before_a_change_or_a_read_retried_once(server: Server, postgres: Postgres, times: int) -> None:
     subjects = [Subject(server, postgres, kind) for kind in REQUESTS]
     with ThreadPoolExecutor(len(subjects)) as threads:
         with locked(postgres):
@@ -347,11 +339,13 @@ def test_lost_connection_after_a_change_is_unknown_and_it_is_done_once(server: S
     subjects = [Subject(server, postgres, kind) for kind in REQUESTS if kind not in READS]
     with ThreadPoolExecutor(len(subjects)) as threads:
         with postgres.setting("synchronous_standby_names", "missing"):
-            answers = [threads.submit(subject.send) for subject in subjects]
+            answers = [threads.submit(subject.send, "Idempotency-Key: k") for subject in subjects]
             postgres.terminate(*postgres.wait_for_backends("SyncRep", len(subjects)))
         for subject, answer in zip(subjects, answers, strict=True):
             assert_unavailable(answer.result(), OUTCOME_UNKNOWN)
             assert subject.is_done_once()
+            if subject.kind == "create":
+                subject.assert_success(subject.send("Idempotency-Key: k"))  # a repeat, which creates nothing more
 
 
 def test_idle_connections_that_were_lost_cost_no_request(server: Server, postgres: Postgres) -> None:
@@ -360,9 +354,6 @@ def test_idle_connections_that_were_lost_cost_no_request(server: Server, postgre
         if not postgres.processes:
             postgres.start()
         assert [answer.status for answer in create_at_once(server)] == [201] * POOL
-
-
-# Starts, stops and slow backends
 
 
 def test_server_starts_and_stops_without_its_database(server: Server, postgres: Postgres, serve: Serve) -> None:
@@ -474,17 +465,6 @@ def test_full_disk_allows_reads_and_no_creates(server: Server, postgres: Postgre
         assert server.ask("POST", tasks, task).status == 201
 
 
-# Schemas and errors
-
-
-def test_new_column_changes_no_answer(server: Server, postgres: Postgres) -> None:
-    """Nor does it break prepared statements: the members are named, whatever columns there are."""
-    members = [[*create(server).json] for _ in range(10)]
-    with changed(postgres, "ALTER TABLE taskapi.tasks ADD extra integer", "ALTER TABLE taskapi.tasks DROP extra"):
-        assert [[*create(server).json] for _ in range(10)] == members
-    assert [[*create(server).json] for _ in range(10)] == members
-
-
 STATES = [state.ljust(5, "0") for state in DETAILS] + ["P0001", "XX000", "23514", "22P02", "0A000", "99999"]
 """SQLSTATEs: those that the table of 503s has, by whole state or by class, and some that it does not have."""
 AT_COMMIT = ["40001", "25006", "53100", "P0001"]
@@ -507,9 +487,6 @@ def test_sqlstate_decides_between_503_and_500(process: Process, postgres: Postgr
     assert create(server).status == 201
 
 
-# Standbys
-
-
 def failover_url(*servers: Postgres) -> str:
     """A URL that names several hosts and looks for the one that accepts changes."""
     hosts = ",".join(str(conninfo_to_dict(one.url)["host"]) for one in servers)
@@ -517,7 +494,7 @@ def failover_url(*servers: Postgres) -> str:
 
 
 def test_failover_under_traffic_loses_nothing(server: Server, postgres: Postgres, serve: Serve, tmp_path: Path) -> None:
-    """What the clients were told is true. (test_soak.py has more of them, while PostgreSQL is restarted and killed.)"""
+    """What the clients were told is true."""
     stop = threading.Event()
     with (
         postgres.standby(tmp_path / "standby") as standby,
@@ -532,7 +509,7 @@ def test_failover_under_traffic_loses_nothing(server: Server, postgres: Postgres
         wait_until(lambda: all(client.successes > 20 for client in clients), "all clients are served")
         postgres.crash()
         stack.callback(postgres.start)
-        standby.promote()
+        assert standby.run("SELECT pg_promote()") == [(True,)]
         back = time.monotonic()
         for client in clients:
             client.successes = 0
@@ -546,6 +523,13 @@ def test_failover_under_traffic_loses_nothing(server: Server, postgres: Postgres
         wait_until(lambda: is_whole(both), "the pool has grown")
 
 
+def test_many_users_lose_nothing_while_the_database_is_stopped_and_killed() -> None:
+    """A short run of `python -m tests.soak`."""
+    report = soak(seconds=3, users=20)
+    assert (report.broken, len(report.outages)) == ([], 3)
+    assert report.requests > 800
+
+
 def test_read_only_primary_is_left_for_the_new_one(postgres: Postgres, serve: Serve, tmp_path: Path) -> None:
     """Although no connection to it is lost. The standby's reads are served before."""
     with (
@@ -555,7 +539,7 @@ def test_read_only_primary_is_left_for_the_new_one(postgres: Postgres, serve: Se
     ):
         assert create(both).status == 201
         assert reader.ask("GET", "/api/ann/tasks").status == reader.ask("GET", "/readyz").status == 200
-        standby.promote()
+        assert standby.run("SELECT pg_promote()") == [(True,)]
         with postgres.setting("default_transaction_read_only", "on"), within(RECOVERY):
             assert_unavailable(create(both, "too late"), DETAILS["25006"])
             wait_until(lambda: create(both).status == 201, "a change is accepted")

@@ -86,9 +86,6 @@ def failures(caplog: pytest.LogCaptureFixture, server: KeyServer) -> list[tuple[
     return [(record.getMessage(), vars(record)) for record in records]
 
 
-# Which keys
-
-
 def published_as(signer: Signer) -> dict[str, dict[str, Any]]:
     return {
         "Auth0, Keycloak": {**signer.published, "x5c": ["MIIDDTCCAfWgAwIBAgIJ"], "x5t": "NjVBRjY5MDlCMUIw"},
@@ -146,9 +143,6 @@ def test_odd_kid_counts_as_none_and_does_not_harm_other_keys(site: Site) -> None
         assert site.ask(OTHER.token("v")) == ("InvalidToken" if kid == "" else "v")
 
 
-# Whose tokens
-
-
 def forms_of_public_key(signer: Signer) -> Iterator[bytes]:
     """What an attacker may use as the bytes of a secret."""
     info, public = serialization.PublicFormat.SubjectPublicKeyInfo, signer.private.public_key()
@@ -203,8 +197,10 @@ def test_issuer_and_audience_are_better_auth_unless_others_are_set(server: KeySe
     cases: list[tuple[dict[str, str], Any, Any, str]] = [(home, url, aud, "") for aud in (url, ["x", url])]
     cases += [({"BETTER_AUTH_URL": url + "/"}, url, url, ""), ({"JWKS_URL": server.url}, "https://x.example", ..., "")]
     cases += [(home, ..., url, "another issuer"), (home, url, ..., "another audience")]
-    cases += [(lists, "https://a.example/", "one", ""), (lists, "b", ["x", "two"], ""), (lists, "b", url, "audience")]
-    cases += [(lists, iss, "one", "another issuer") for iss in (url, "https://a.example")]
+    cases += [(lists, "https://a.example/", "one", ""), (lists, "b", ["x", "two"], "")]
+    wrong: list[Any] = [..., None, "", "x", ["x"], {"a": 1}, url]
+    cases += [(lists, iss, "one", "another issuer") for iss in (*wrong, "https://a.example", ["b"])]
+    cases += [(lists, "b", aud, "another audience") for aud in (*wrong, [], [None], [["one"]])]
     for env, iss, aud, refusal in cases:
         verifier, token = TokenVerifier(Settings.from_env(env)), SIGNER.token("u", iss=iss, aud=aud)
         with pytest.raises(InvalidToken, match=refusal) if refusal else contextlib.nullcontext():
@@ -222,9 +218,6 @@ def test_key_set_and_secrets_each_have_their_own_rules(site: Site) -> None:
     for one, token in ((site, hs256), (Site(site.server, secrets=(SECRET,)), SIGNER.token("u"))):
         with pytest.raises(InvalidToken, match="algorithm"):
             one.verifier.verify(token)
-
-
-# How keys are fetched
 
 
 def test_fetch_names_this_software_and_uses_proxies(server: KeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,9 +246,6 @@ def test_fetch_by_tls_needs_a_trusted_certificate(tmp_path: Path, monkeypatch: p
             KeySetClient(server.url).fetch_keys()
         monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
         assert KeySetClient(server.url).fetch_keys()
-
-
-# Rotation
 
 
 def test_new_kid_is_accepted_after_the_cooldown(site: Site) -> None:
@@ -348,19 +338,15 @@ def test_empty_key_set_is_valid(site: Site) -> None:
         site.ahead += 2 * keys.REFRESH + 1
 
 
-# Faults
-
 GOOD = json.dumps({"keys": [SIGNER.published]}).encode()
 OK, CHUNKS = b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
-LONG, MB = b"Content-Length: 100000\r\n\r\n", 1_000_000
+LONG, MB, LOCATION = b"Content-Length: 100000\r\n\r\n", 1_000_000, "Location: https://u:p@h/k?x\r\n"
 SLOW_HEAD = "^timed out"  # of a request that waits: the fetch itself goes on
 
 FAULTS: dict[str, list[issuers.Behaviour]] = {
     "^timed out$": [hang, drip(OK + LONG + GOOD), drip(CHUNKS, b"1\r\n \r\n")],
     SLOW_HEAD: [drip(OK + b"X: ", b"x"), drip(b"", b"HTTP/1.1 100 Continue\r\n\r\n"), drip(CHUNKS + b"1;", b"x")],
-    "answered 30[28], .* to https://h/k: set BETTER": [
-        answer(GOOD, f"{n} Elsewhere", "Location: https://u:p@h/k?x\r\n") for n in (302, 308)
-    ],
+    "answered 30[28], .* to https://h/k: set BETTER": [answer(GOOD, f"{n} Elsewhere", LOCATION) for n in (302, 308)],
     "answered 20[34]": [answer(GOOD, "203 OK"), raw(b"HTTP/1.1 204 OK\r\n\r\n")],
     "answered [45]0[04]": [answer(GOOD, "500 Internal Server Error"), answer(GOOD, "404 Not Found")],
     "IncompleteRead": [raw(CHUNKS + b"%x\r\n" % len(GOOD) + GOOD), raw(CHUNKS + b"xyz\r\n" + GOOD)],
@@ -379,8 +365,8 @@ FAULTS: dict[str, list[issuers.Behaviour]] = {
 def test_failing_server_costs_little_time_and_known_keys_keep_working(
     site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str, number: int
 ) -> None:
-    for name, seconds in (("TIMEOUT", 0.3), ("COOLDOWN", 0.1)):
-        monkeypatch.setattr(keys, name, seconds)
+    monkeypatch.setattr(keys, "TIMEOUT", 0.3)
+    monkeypatch.setattr(keys, "COOLDOWN", 0.1)
     token = SIGNER.token("u")
     site.cache(token)
     site.server.behave = FAULTS[reason][number]
@@ -464,9 +450,7 @@ def test_unknown_kids_hold_two_requests_at_most_and_no_known_token(site: Site, m
 
 
 @pytest.mark.parametrize(("owner", "name"), [(threading.Thread, "start"), (KeySetClient, "fetch_data")])
-def test_known_keys_keep_working_where_the_refresher_fails(
-    site: Site, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
-) -> None:
+def test_known_keys_work_if_refreshes_fail(site: Site, monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
     site.cache(SIGNER.token("u"))
     site.ahead += 2 * keys.REFRESH + 1
     with monkeypatch.context() as patch:
@@ -474,9 +458,6 @@ def test_known_keys_keep_working_where_the_refresher_fails(
         assert (site.ask(SIGNER.token("v")), site.ask(OTHER.token("v"))) == ("v", "KeysUnavailable")
     site.ahead += keys.COOLDOWN
     assert site.ask(OTHER.token("v")) == "InvalidToken"
-
-
-# Threads and processes
 
 
 def test_keys_are_first_fetched_by_a_request_and_no_thread_stays(site: Site) -> None:

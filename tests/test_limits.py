@@ -4,7 +4,6 @@ import contextlib
 import itertools
 import shutil
 import signal
-import sys
 import threading
 import time
 import tracemalloc
@@ -18,12 +17,13 @@ import pytest
 from flask.testing import FlaskClient
 from werkzeug.test import TestResponse
 
-from taskapi import ConfigError, Settings, limits
+from taskapi import Settings, limits
 from taskapi.limits import Limits, MemoryStore
 from taskapi.proxy import TrustedProxy
 from taskapi.tokens import TokenVerifier
-from tests.people import SECRET, Answer, Person, assert_problem, mint, running_app
-from tests.processes import Process, Wire, copied, environment, free_port, freeze, request, serving, started, wait_until
+from tests import processes
+from tests.people import Answer, Person, assert_problem, mint, running_app
+from tests.processes import Process, Wire, environment, free_port, request, serving_copy, started, wait_until
 
 
 @contextlib.contextmanager
@@ -43,9 +43,6 @@ def assert_limited(response: TestResponse, policy: str, amount: int, seconds: in
 
 def statuses(answers: Any) -> dict[int, int]:
     return dict(Counter(answer.status_code for answer in answers))
-
-
-# Per person
 
 
 def test_person_over_the_limit_must_wait_and_others_need_not(database_url: str) -> None:
@@ -84,8 +81,6 @@ def test_limit_is_exact_for_requests_at_one_time(database_url: str) -> None:
         people = [Person(client.application.test_client(), "ann") for _ in range(50)]
         assert statuses(pool.map(lambda ann: ann.request("GET"), people)) == {200: 20, 429: 30}
 
-
-# Per client with refused tokens
 
 NUMBERS = itertools.count()
 
@@ -127,27 +122,15 @@ def test_another_users_url_counts_as_a_refusal(database_url: str) -> None:
 
 
 @pytest.mark.parametrize("peer", ["127.0.0.1", "::ffff:10.1.2.3", "192.168.0.1", "fd00::9"])
-def test_refusals_behind_an_unknown_proxy_refuse_no_good_token(
-    database_url: str, caplog: pytest.LogCaptureFixture, peer: str
-) -> None:
+def test_unknown_proxy_refuses_no_good_token(database_url: str, caplog: pytest.LogCaptureFixture, peer: str) -> None:
     with limited(database_url, rate_limit_refused="2/minute") as client:
         use_up(client, peer)
         assert_limited(ask(client, "Bearer a.b.c", peer), "refused", 2)
         assert [ask(client, f"Bearer {mint('ann', nonce=number)}", peer).status_code for number in (1, 2)] == [200, 200]
-        direct = {"REMOTE_ADDR": peer}
-        assert_limited(
-            Person(client, "ann", mint("ann", nonce=3)).request("GET", environ_overrides=direct), "refused", 2
-        )
+        direct = Person(client, "ann", mint("ann", nonce=3)).request("GET", environ_overrides={"REMOTE_ADDR": peer})
+        assert_limited(direct, "refused", 2)
     [warning] = [record for record in caplog.records if record.levelname == "WARNING"]
     assert f"set TRUSTED_PROXY={peer.removeprefix('::ffff:')}" in warning.getMessage()
-
-
-def test_cached_tokens_are_accepted_from_a_client_over_the_limit(database_url: str) -> None:
-    with limited(database_url, rate_limit_refused="2/minute") as client:
-        cached = f"Bearer {mint('ann')}"
-        assert ask(client, cached).status_code == 200
-        use_up(client)
-        assert ask(client, cached).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -161,9 +144,6 @@ def test_client_is_an_ipv4_address_or_an_ipv6_network(first: str, second: str, i
     with limited(rate_limit_refused="2/minute") as client:
         use_up(client, first)
         assert ask(client, "Bearer a.b.c", second).status_code == (429 if is_same else 401)
-
-
-# Counters in memory
 
 
 def test_counters_have_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,22 +170,15 @@ def test_counters_of_ended_windows_are_removed_as_others_come() -> None:
 
 
 def test_threads_lose_no_count() -> None:
-    store, usual, together = MemoryStore(), sys.getswitchinterval(), threading.Barrier(8)
+    store, together = MemoryStore(), threading.Barrier(8)
 
     def count(_: int) -> list[int]:
         together.wait()
         return [store.incr("ann", 60) for _ in range(1000)]
 
-    sys.setswitchinterval(1e-6)  # threads take turns at every opportunity
-    try:
-        with ThreadPoolExecutor(8) as pool:
-            counted = list(pool.map(count, range(8)))
-    finally:
-        sys.setswitchinterval(usual)
+    with processes.switching_often(), ThreadPoolExecutor(8) as pool:
+        counted = list(pool.map(count, range(8)))
     assert sorted(number for numbers in counted for number in numbers) == list(range(1, 8_001))
-
-
-# Settings
 
 
 def test_rates_have_several_forms_and_the_defaults_do_not_disturb_people_at_work() -> None:
@@ -216,23 +189,6 @@ def test_rates_have_several_forms_and_the_defaults_do_not_disturb_people_at_work
         assert least <= item.amount / item.get_expiry() <= 1000
         assert item.get_expiry() <= 60
 
-
-UNUSABLE = [("RATE_LIMIT", rate) for rate in ("x", "600", "-5/minute", "0/minute", "1.5/second", "600/fortnight")]
-UNUSABLE += [("RATE_LIMIT", "600/minute;5/second"), ("RATE_LIMIT_REFUSED", "x"), ("RATE_LIMIT_REFUSED", "0/minute")]
-UNUSABLE += [("RATE_LIMIT_STORAGE", url) for url in ("x", "http://127.0.0.1", "async+memory://", "redis://[")]
-UNUSABLE += [("RATE_LIMIT_STORAGE", url) for url in ("redis://u:hunter2@h:x", "foo://u:hunter2@h")]
-UNUSABLE += [("TRUSTED_PROXY", value) for value in ("x", "localhost", "127.0.0.1:80", "10.0.0.1/8", "*", "::/129")]
-REMEDIES = {"RATE_LIMIT": "600/minute", "RATE_LIMIT_REFUSED": "600/minute", "RATE_LIMIT_STORAGE": "redis://host:6379"}
-
-
-@pytest.mark.parametrize(("name", "value"), UNUSABLE)
-def test_setting_that_cannot_be_used_is_refused_by_name(name: str, value: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name} .*: .*{REMEDIES.get(name, '10.0.0.0/8')}") as caught:
-        Settings.from_env({name: value})
-    assert "hunter2" not in str(caught.value)
-
-
-# Redis
 
 PASSWORD = "the password of redis"
 needs_redis = pytest.mark.skipif(not shutil.which("redis-server"), reason="needs redis-server")
@@ -279,7 +235,7 @@ def test_people_can_work_without_redis(
         ann = Person(client, "ann")
         with redis_server(tmp_path, port) as process:
             assert ann.request("GET").status_code == 200
-            process.stop(signal.SIGKILL) if fault == "killed" else freeze(process.popen.pid)
+            process.stop(signal.SIGKILL) if fault == "killed" else processes.freeze(process.popen.pid)
             begin = time.monotonic()
             assert statuses(ann.request("GET") for _ in range(20)) == {200: 20}
             assert_problem(ask(client, "Bearer a.b.c"), 401)
@@ -290,9 +246,6 @@ def test_people_can_work_without_redis(
             assert PASSWORD not in str(vars(record))
         with redis_server(tmp_path, port):
             wait_until(lambda: ann.request("GET").status_code == 429, "limits again")
-
-
-# The client and the URL behind a proxy
 
 
 def seen_behind(peer: str, network: str = "10.0.0.0/8", **forwarded: str) -> dict[str, Any]:
@@ -335,10 +288,8 @@ def test_trusted_proxy_alone_names_the_url(database_url: str) -> None:
         assert response.headers["Location"].startswith("/todo/api/ann/tasks/")
 
 
-def test_server_passes_the_fields_of_a_proxy_on(tmp_path: Path, database_url: str) -> None:
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT_REFUSED": "2/minute"}
-    variables["TRUSTED_PROXY"] = "127.0.0.1"
-    with copied(tmp_path / "checkout") as checkout, serving(checkout, variables) as server:
+def test_server_passes_the_fields_of_a_proxy_on(tmp_path: Path, variables: dict[str, str]) -> None:
+    with serving_copy(tmp_path, variables | {"RATE_LIMIT_REFUSED": "2/minute", "TRUSTED_PROXY": "127.0.0.1"}) as server:
 
         def refused(*forwarded_for: str) -> int:
             headers = [f"X-Forwarded-For: {value}" for value in forwarded_for]

@@ -44,6 +44,7 @@ REQUESTS: st.SearchStrategy[Request] = (
 )
 NAMES = st.sampled_from(ALL_NAMES := ("ann", "ann ", "Ann/tasks"))
 CHECKS = list(HealthCheck)
+URGENT = ("high", "low")
 OLD = '"0-0"'
 EPOCH = "1970-01-01T00:00:00.000000Z"
 PAGE = 3  # tasks that one request deletes at most
@@ -61,9 +62,7 @@ def words(task: Task) -> set[str]:
 
 
 FILTERS: dict[str, Callable[[Task], bool]] = {
-    "is_completed=false&priority=high&priority=low": lambda task: (
-        not task["is_completed"] and task["priority"] in ("high", "low")
-    ),
+    "is_completed=true&priority=high&priority=low": lambda task: task["is_completed"] and task["priority"] in URGENT,
     "tag=x&tag=a%2Cb": lambda task: {"x", "a,b"} <= set(task["tags"]),
     "due_after=2000-01-01T00:00:00Z": lambda task: (task["due_at"] or "0") > "2000-01-01T00:00:00.000000Z",
     "q=zz+Qq": lambda task: {"zz", "qq"} <= words(task),
@@ -141,16 +140,12 @@ class Machine(RuleBasedStateMachine):
     def delete(self, name: str, tasks: list[Task]) -> None:
         """Removes tasks that a request has deleted from the model, and checks that their deletions are recorded."""
         since = self.clocks[name]
-        found = [one for one in self.list_deletions(name, since).json if one["deleted_at"] > since]
+        found = [one for one in self.people[name].deletions(since).json if one["deleted_at"] > since]
         assert [one["id"] for one in found] == sorted(task["id"] for task in tasks)
         self.tick(name, {one["deleted_at"] for one in found})
         self.deletions[name] += found
         for task in tasks:
             del self.model[name][task["id"]]
-
-    def list_deletions(self, name: str, since: str) -> Answer:
-        person = self.people[name]
-        return person.open(person.tasks.removesuffix("tasks") + "deletions", query_string={"since": since})
 
     def tick(self, name: str, times: set[str]) -> str | None:
         """Checks that a change has one time, later than all before."""
@@ -164,11 +159,9 @@ class Machine(RuleBasedStateMachine):
     @rule(task=tasks, other=st.none() | NAMES, requests=st.lists(REQUESTS, min_size=1, max_size=4))
     def read_and_change(self, task: tuple[str, int], other: str | None, requests: list[Request]) -> None:
         for request in requests:
-            self.request(task, other or task[0], *request)
+            self.send(task, other or task[0], *request)
 
-    def request(
-        self, task: tuple[str, int], caller: str, method: str, body: Task | None, is_current: bool | None
-    ) -> None:
+    def send(self, task: tuple[str, int], caller: str, method: str, body: Task | None, is_current: bool | None) -> None:
         """Reads or changes a task; if it is unchanged, or was changed, where `is_current` is not None."""
         known = self.model[task[0]].get(task[1]) if caller == task[0] else None
         tag = self.people[caller].request("GET", f"/{task[1]}").headers.get("ETag", OLD)
@@ -234,7 +227,7 @@ class Machine(RuleBasedStateMachine):
             response = person.request("GET")
             assert response.json == list(self.model[name].values())
             assert self.states[name].setdefault(response.headers["ETag"], response.data) == response.data
-            deletions = self.list_deletions(name, EPOCH)
+            deletions = person.deletions()
             assert deletions.json == self.deletions[name]
             assert response.headers["Sync-Time"] == deletions.headers["Sync-Time"] == self.clocks[name]
         for counted, count in self.conn.execute(COUNTS, [[person.user for person in self.people.values()]]):

@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +25,9 @@ import taskapi
 from taskapi import Settings, openapi, schemas
 from taskapi.context import get_api
 from taskapi.idempotency import KEY_PATTERN
-from tests.people import SECRET, UNREACHABLE, Answer, Person, mint, running_app
-from tests.processes import CHECKOUT, environment, serving_copy
+from tests.issuers import install_node_package
+from tests.people import SECRET, UNREACHABLE, Answer, Person, mint, new_person, running_app
+from tests.processes import CHECKOUT, Server, environment, run, serving_copy
 from tests.test_embedding import host
 
 Document = dict[str, Any]
@@ -202,7 +202,7 @@ def test_examples_of_bodies_work(document: Document, operations: Operations, cli
     for example in content["examples"].values():
         body = example["value"]
         assert_valid(document, content["schema"], body)
-        ann = Person(client, f"ann-{secrets.token_hex(6)}")
+        ann = new_person(client)
         id = ann.create()["id"]
         if isinstance(body, dict) and "id" in body:  # it must match the URL
             body = body | {"id": id, "user_id": ann.user}
@@ -214,24 +214,15 @@ def test_examples_of_bodies_work(document: Document, operations: Operations, cli
         assert [one | members for one, members in zip(got, own, strict=True)] == got
 
 
-REQUESTS: dict[str, dict[str, Any]] = {
-    "valid": {},
-    "a page, with a count": {"query_string": "limit=1&count=true"},
-    "no token": {"headers": {}},
-    "an invalid token": {"headers": {"Authorization": "Bearer x"}},
-    "another user's token": {"headers": {"Authorization": f"Bearer {mint('ben')}"}},
-    "not modified": {"headers": {"If-None-Match": "*"}},
-    "modified": {"headers": {"If-Match": '"x"'}},
-    "an idempotency key": {"headers": {"Idempotency-Key": "k1"}},
-    "an invalid idempotency key": {"headers": {"Idempotency-Key": '"'}},
-    "not JSON": {"data": b"{", **JSON},
-    "not a task": {"json": {"titel": "?"}},
-    "several": {"json": [{"title": "a"}, {"title": "b"}]},
-    "too large": {"data": b" " * (schemas.MAX_BODY + 1), **JSON},
-    "another media type": {"data": b"x", "content_type": "text/plain"},
-    "an unknown parameter": {"query_string": "nope=1"},
-    "an unknown id": {"id": 2**62},
-}
+CREDENTIALS = [{}, *({"Authorization": f"Bearer {token}"} for token in ("x", mint("ben")))]  # no or a wrong token
+CONDITIONS = [{"If-None-Match": "*"}, {"If-Match": '"x"'}, {"Idempotency-Key": "k1"}, {"Idempotency-Key": '"'}]
+REQUESTS: list[dict[str, Any]] = [
+    *({}, {"query_string": "limit=1&count=true"}, {"query_string": "nope=1"}, {"id": 2**62}),
+    *({"headers": headers} for headers in CREDENTIALS + CONDITIONS),
+    *({"json": body} for body in ({"titel": "?"}, [{"title": "a"}, {"title": "b"}])),
+    *({"data": data, **JSON} for data in (b"{", b" " * (schemas.MAX_BODY + 1))),
+    {"data": b"x", "content_type": "text/plain"},
+]
 BODIES = {"create_task": {"title": "t"}, "update_task": {"title": "u"}, "complete_task": {}}
 REQUIRED = {"delete_tasks": "is_completed=false", "list_deletions": f"since={SINCE}"}
 OPERATIONS = [*BODIES, "list_tasks", "delete_tasks", "list_deletions", "get_task", "delete_task", "livez", "readyz"]
@@ -239,7 +230,7 @@ OPERATIONS = [*BODIES, "list_tasks", "delete_tasks", "list_deletions", "get_task
 
 def ask(client: FlaskClient, name: str, path: str, method: str, request: dict[str, Any], id: int = 0) -> Answer:
     """A request of a user with two tasks; by default the path has the id of one of them."""
-    ann = Person(client, f"ann-{secrets.token_hex(6)}")
+    ann = new_person(client)
     request = {"id": id or [ann.create() for _ in range(2)][1]["id"], **request}
     path = path.format(user_id=ann.user, id=request.pop("id"))
     if (headers := request.pop("headers", None)) != {}:  # a request without a token
@@ -253,13 +244,13 @@ def ask(client: FlaskClient, name: str, path: str, method: str, request: dict[st
 
 def gone(client: FlaskClient, conn: psycopg.Connection, name: str) -> Answer:
     """The answer to a repeat whose task was deleted, or for deletions that are no longer kept."""
-    ann = Person(client, f"ann-{secrets.token_hex(6)}")
+    ann = new_person(client)
     repeat: dict[str, Any] = {"json": {"title": "t"}, "headers": {"Idempotency-Key": "k"}}
     ann.request("DELETE", f"/{ann.request('POST', **repeat).json['id']}")
     if name == "create_task":
         return ann.request("POST", **repeat)
     conn.execute("UPDATE taskapi.users SET deletions_cleared = clock WHERE id = %s", [ann.user])
-    return ann.open(f"/api/{ann.user}/deletions", query_string={"since": SINCE})
+    return ann.deletions(SINCE)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +269,7 @@ def test_documented_statuses_are_those_that_are_answered(
     assert sorted(operations) == sorted(OPERATIONS)
     path, method, operation = operations[name]
     assert ("requestBody" in operation) == (name in BODIES)
-    answers = [ask(client, name, path, method, request) for request in REQUESTS.values()]
+    answers = [ask(client, name, path, method, request) for request in REQUESTS]
     with running_app(database_url, rate_limit="2/minute") as limited:  # two tasks
         answers.append(ask(limited.test_client(), name, path, method, {}))
     answers.append(ask(no_database, name, path, method, {}, id=1))
@@ -308,30 +299,31 @@ def test_host_app_has_the_document_with_its_prefix(document: Document) -> None:
     assert found == {**document, "paths": moved}
 
 
-def run(command: list[str], folder: Path, env: dict[str, str]) -> str:
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture(scope="module")
+def server(variables: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving_copy(tmp_path_factory.mktemp("served"), variables) as server:
+        yield server
+        assert server.complaints == []
+
+
+def account(server: Server) -> dict[str, str]:
+    """The variables of a new user for a program."""
+    user = f"ann-{secrets.token_hex(6)}"
+    return {**os.environ, "URL": server.url, "USER": user, "TOKEN": mint(user)}
 
 
 @pytest.mark.slow
-def test_schemathesis_finds_nothing(database_url: str, tmp_path: Path) -> None:
+def test_schemathesis_finds_nothing(server: Server, tmp_path: Path) -> None:
     """Valid and invalid requests, one by one and in sequence, with all checks on. Its check for access to other users'
     objects does not apply where the path names the user: see test_isolation."""
     user = f"ann-{secrets.token_hex(6)}"
     hooks = CHECKOUT / "tests" / "schemathesis_hooks.py"
     (tmp_path / "schemathesis.toml").write_text(f'hooks = "{hooks}"\nparameters = {{ "path.user_id" = "{user}" }}\n')
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
-    with serving_copy(tmp_path, variables) as server:
-        command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
-        command += ["--checks=all", "--max-examples=5", "--generation-deterministic"]
-        command += ["--suppress-health-check=too_slow"]  # depends on the machine
-        command += ["--header", f"Authorization: Bearer {mint(user)}"]
-        assert "Tested: 10" in run(command, tmp_path, environment(HOME=str(tmp_path)))
-        assert server.complaints == []
-
-
-# Clients
+    command = [sys.executable, "-m", "schemathesis.cli", "run", f"{server.url}/openapi.json", "--no-color"]
+    command += ["--checks=all", "--max-examples=5", "--generation-deterministic"]
+    command += ["--suppress-health-check=too_slow"]  # depends on the machine
+    command += ["--header", f"Authorization: Bearer {mint(user)}"]
+    assert "Tested: 10" in run(command, tmp_path, environment(HOME=str(tmp_path)))
 
 
 needs_node = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm")), reason="needs node and npm")
@@ -339,26 +331,16 @@ needs_node = pytest.mark.skipif(not (shutil.which("node") and shutil.which("npm"
 
 @pytest.mark.slow
 @needs_node
-def test_clients_generated_for_typescript_compile_and_do_the_tour(
-    document: Document, database_url: str, tmp_path: Path
-) -> None:
-    client, env = tmp_path / "client", dict(os.environ)
-    shutil.copytree(CHECKOUT / "tests" / "typescript", client)
+def test_clients_generated_for_typescript_do_the_tour(document: Document, server: Server, tmp_path: Path) -> None:
+    client = tmp_path / "client"
+    install_node_package("typescript", client)
     (client / "openapi.json").write_text(json.dumps(document))
-    run(["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"], client, env)
-    run(["node_modules/.bin/openapi-typescript", "openapi.json", "-o", "schema.d.ts"], client, env)
-    run(["node_modules/.bin/openapi-ts"], client, env)
-    run(["node_modules/.bin/tsc"], client, env)
+    for command in ("openapi-typescript openapi.json -o schema.d.ts", "openapi-ts", "tsc"):
+        run(f"node_modules/.bin/{command}".split(), client, os.environ)
     types = (client / "schema.d.ts").read_text()
     assert all(f" {name}: {{\n" in types for name in ("NewTask", "TaskChanges", "TaskState", "Task"))
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}
-    with serving_copy(tmp_path, variables) as server:
-        outputs = []
-        for script in ("tour.js", "validated.js"):
-            user = f"ann-{secrets.token_hex(6)}"
-            done = run(["node", script], client, env | {"URL": server.url, "USER": user, "TOKEN": mint(user)})
-            outputs.append(json.loads(done))
-    tour, validated = outputs
+    scripts = ("tour.js", "validated.js")
+    tour, validated = (json.loads(run(["node", script], client, account(server))) for script in scripts)
     stale = "It was changed since you read it. Nothing was changed now."
     expected = {"changed": "about the boat", "completed": True, "same": True, "chosen": ["Sail"], "stale": stale}
     assert tour == {**expected, "deleted": True, "gone": [True] * 3, "rest": ["Paint", "Sail"]}
@@ -398,19 +380,13 @@ print([task.title for task in listed], refused.errors[0].pointer, missing.status
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("openapi_python_client"), reason="needs openapi-python-client")
-def test_client_generated_for_python_is_typed_strictly_and_does_the_tour(
-    document: Document, database_url: str, tmp_path: Path
-) -> None:
+def test_client_generated_for_python_does_the_tour(document: Document, server: Server, tmp_path: Path) -> None:
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     (tmp_path / "tour.py").write_text(PYTHON_TOUR)
-    env, client = dict(os.environ) | {"PYTHONPATH": f"{tmp_path / 'client'}"}, ["--output-path", "client"]
-    run([sys.executable, "-m", "openapi_python_client", "generate", "--path", "openapi.json", *client], tmp_path, env)
-    run([sys.executable, "-m", "mypy", "--strict", "tour.py"], tmp_path, env)
-    user = f"ann-{secrets.token_hex(6)}"
-    with serving_copy(tmp_path, {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET}) as server:
-        output = run(
-            [sys.executable, "tour.py"], tmp_path, env | {"URL": server.url, "USER": user, "TOKEN": mint(user)}
-        )
+    env, output = account(server) | {"PYTHONPATH": f"{tmp_path / 'client'}"}, ""
+    generate = "-m openapi_python_client generate --path openapi.json --output-path client"
+    for command in (generate, "-m mypy --strict tour.py", "tour.py"):
+        output = run([sys.executable, *command.split()], tmp_path, env)
     assert output == "['Paint', 'Paint'] #/title 404\n"
 
 
@@ -421,6 +397,6 @@ def test_pattern_means_the_same_to_javascript(pattern: str, flags: str) -> None:
     script = """
         const [pattern, characters] = [new RegExp(process.argv[1], process.argv[2]), [...Array(0x10000).keys()]];
         console.log(characters.filter((code) => !pattern.test(String.fromCharCode(code))).join());"""
-    refused = map(int, run(["node", "-e", script, pattern, flags], CHECKOUT, dict(os.environ)).split(","))
+    refused = map(int, run(["node", "-e", script, pattern, flags], CHECKOUT, os.environ).split(","))
     here = [ord(character) for character in CHARACTERS if not re.search(pattern, character)]
     assert [code for code in refused if not 0xD800 <= code <= 0xDFFF] == here

@@ -1,7 +1,6 @@
 """Behind PgBouncer in transaction mode, where users share a few connections to PostgreSQL."""
 
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from taskapi import statements
 from taskapi.context import get_api
 from taskapi.statements import load_sql
 from tests.citus import needs_postgresql
-from tests.people import Person, running_app
+from tests.people import new_person, running_app
 from tests.processes import environment, free_port, started
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
@@ -47,10 +46,9 @@ def pooled_url(new_database: Callable[..., str], tmp_path_factory: pytest.TempPa
     folder = tmp_path_factory.mktemp("pgbouncer")
     (folder / "pgbouncer.ini").write_text(CONFIG.format(backend=backend, port=port, connections=CONNECTIONS))
     # It refuses root. The user that Debian's package creates may not enter the folder with the socket.
-    other = (
-        "setpriv --reuid=postgres --regid=postgres --clear-groups --inh-caps=+dac_override --ambient-caps=+dac_override"
-    )
-    command = [*(other.split() if os.getuid() == 0 else ()), str(PROGRAM), "pgbouncer.ini"]
+    other = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups"]
+    other += ["--inh-caps=+dac_override", "--ambient-caps=+dac_override"]
+    command = [*(other if os.getuid() == 0 else ()), str(PROGRAM), "pgbouncer.ini"]
     with started(command, folder, environment()) as process:
         process.wait_for(r"process up()")
         yield f"postgresql://{direct['user']}@127.0.0.1:{port}/{name}"
@@ -65,7 +63,7 @@ def apps(pooled_url: str) -> Iterator[list[Flask]]:
 
 def work(app: Flask) -> None:
     """Runs every operation as a new user, and checks that this user sees nothing else."""
-    person = Person(app.test_client(), f"user-{secrets.token_hex(6)}")
+    person = new_person(app.test_client())
     expected = []
     for number in range(6):
         path = f"/{person.create()['id']}"
@@ -105,19 +103,15 @@ def test_concurrent_users_share_the_connections_and_see_their_own_tasks(apps: li
     assert 1 < found.rowcount <= CONNECTIONS
 
 
-@pytest.mark.parametrize(
-    "sql",
-    [
-        *(b"SELECT 1", b"SELECT 1 / 0", b"no SQL", b"SELECT pg_terminate_backend(pg_backend_pid())"),
-        b"SELECT pg_cancel_backend(pg_backend_pid())",  # as statement_timeout ends a statement
-    ],
-)
-def test_nothing_of_a_request_is_left_for_the_next_client(
-    apps: list[Flask], pooled_url: str, monkeypatch: pytest.MonkeyPatch, sql: bytes
-) -> None:
-    with monkeypatch.context() as patch, ThreadPoolExecutor(6) as threads:
+ENDS = [b"SELECT 1", b"SELECT 1 / 0", b"no SQL", b"SELECT pg_terminate_backend(pg_backend_pid())"]
+ENDS += [b"SELECT pg_cancel_backend(pg_backend_pid())"]  # as statement_timeout ends a statement
+
+
+@pytest.mark.parametrize("sql", ENDS)
+def test_nothing_of_a_request_is_left_for_the_next_client(apps: list[Flask], pooled_url: str, sql: bytes) -> None:
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(6) as threads:
         patch.setattr(statements, "load_sql", lambda name, *rest: sql if name == "list_tasks" else load_sql(name))
-        people = [Person(app.test_client(), f"user-{secrets.token_hex(6)}") for app in apps * 4]
+        people = [new_person(app.test_client()) for app in apps * 4]
         answers = threads.map(lambda person: person.request("GET").status_code, people)
         assert set(answers) <= {200, 500, 503}
     assert_clean(pooled_url, apps)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
@@ -133,6 +134,11 @@ def test_check_names_the_remedy_of_what_is_broken(postgres: Database, kind: str)
         found = [repair(postgres, role) for role in ("owner", "server") if role == "server" or kind == "memberships"]
         assert any(found), command
     assert breaking(postgres, "grants") == grants
+
+
+def test_the_login_of_the_server_may_not_change_the_schema(postgres: Database) -> None:
+    with psycopg.connect(url(postgres, "server")) as conn, pytest.raises(psycopg.errors.InsufficientPrivilege):
+        conn.execute("CREATE TABLE taskapi.more ()")
 
 
 def test_a_login_with_other_settings_is_served(postgres: Database) -> None:

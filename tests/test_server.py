@@ -10,7 +10,7 @@ from waitress.adjustments import Adjustments
 
 from taskapi.http import MAX_DISCARDED, Parser
 from taskapi.schemas import MAX_BODY, MAX_BULK
-from tests.people import SECRET, mint
+from tests.people import mint
 from tests.processes import Server, Wire, assert_problem, request, serving, shared_copy
 from tests.servers import NO_TEMPFILE
 
@@ -23,16 +23,13 @@ PAGE = "https://app.example"
 
 SERVED = pytest.mark.parametrize(("token", "status"), [(TOKEN, 413), (None, 401)], ids=["token", "no token"])
 """A body over the limit is 413, but 401 comes first."""
-
-
 folder = shared_copy()
 
 
 @pytest.fixture(scope="module")
-def server(folder: Path, database_url: str) -> Iterator[Server]:
+def server(folder: Path, variables: dict[str, str]) -> Iterator[Server]:
     """One server for all tests, after which it must still answer, with no error in its log."""
-    variables = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "CORS_ORIGINS": PAGE}
-    with serving(folder, variables, token=TOKEN, python=NO_TEMPFILE) as server:
+    with serving(folder, variables | {"CORS_ORIGINS": PAGE}, token=TOKEN, python=NO_TEMPFILE) as server:
         yield server
         assert server.ask("GET", TASKS).status == 200
         assert server.complaints == []
@@ -73,9 +70,6 @@ def array_of(length: int) -> bytes:
     return b"[%s]" % object_of(length - 2)
 
 
-# Answers
-
-
 def test_small_answer_comes_in_one_packet(wire: Wire) -> None:
     """In two, a server with more clients than threads would answer a fraction of the requests: see Task."""
     wire.send(post(TASK)).answer()
@@ -85,17 +79,13 @@ def test_small_answer_comes_in_one_packet(wire: Wire) -> None:
         assert json.loads(body)
 
 
-@pytest.mark.parametrize(("target", "status"), [("", 200), ("/0", 404), ("/../../ben/tasks", 403)])
-def test_head_is_get_without_the_body(wire: Wire, target: str, status: int) -> None:
-    with_body = wire.send(get(target=TASKS + target)).answer()
-    without = wire.send(get(method="HEAD", target=TASKS + target)).answer("HEAD")
-    assert without.status == with_body.status == status
-    different = {"date": "", "x-request-id": ""}
-    assert without.headers | different == with_body.headers | different
-    assert wire.send(get()).answer().status == 200
-
-
-# Connections
+def test_head_is_get_without_the_body(wire: Wire) -> None:
+    task = wire.send(post(TASK)).answer().headers["location"]
+    for target, status in ((TASKS, 200), (task, 200), (f"{TASKS}/0", 404), ("/api/ben/tasks", 403)):
+        with_body = wire.send(get("X-Request-ID: 1", target=target)).answer()
+        without = wire.send(get("X-Request-ID: 1", method="HEAD", target=target)).answer("HEAD")
+        assert without.status == with_body.status == status
+        assert without.headers | {"date": ""} == with_body.headers | {"date": ""}
 
 
 def test_pipelined_requests_are_answered_in_order(server: Server, wire: Wire) -> None:
@@ -111,19 +101,16 @@ def test_pipelined_requests_are_answered_in_order(server: Server, wire: Wire) ->
     assert wire.is_closed()  # the last request is not answered: it may belong to the refused one
 
 
-@pytest.mark.parametrize("connection", ["Close", "close, TE", "te ,Close", "keep-alive, close"])
-def test_connection_is_closed_if_close_is_one_of_its_options(wire: Wire, connection: str) -> None:
-    answer = wire.send(get(f"Connection: {connection}")).answer()
-    assert (answer.status, answer.headers["connection"]) == (200, "close")
-    assert wire.is_closed()
+OLD = f"GET {TASKS} HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n".encode()  # which needs no Host
 
 
-def test_http_1_0_needs_no_host_and_closes_unless_told_otherwise(wire: Wire) -> None:
-    old = f"GET {TASKS} HTTP/1.0\r\nAuthorization: Bearer {TOKEN}\r\n".encode()
+@pytest.mark.parametrize("connection", [None, "Close", "te ,Close", "keep-alive, close"])
+def test_connection_is_kept_until_a_request_asks_to_close_it(wire: Wire, connection: str | None) -> None:
     for _ in range(2):
-        answer = wire.send(old + b"Connection: keep-alive\r\n\r\n").answer()
+        answer = wire.send(OLD + b"Connection: keep-alive\r\n\r\n").answer()
         assert (answer.status, answer.headers["connection"]) == (200, "Keep-Alive")
-    assert wire.send(old + b"\r\n").answer().headers["connection"] == "close"
+    answer = wire.send(get(f"Connection: {connection}") if connection else OLD + b"\r\n").answer()
+    assert (answer.status, answer.headers["connection"]) == (200, "close")
     assert wire.is_closed()
 
 
@@ -133,13 +120,13 @@ def test_request_is_read_in_any_pieces(wire: Wire) -> None:
         assert wire.send(whole[:cut], whole[cut:]).answer().status == 201, cut
 
 
-@pytest.mark.parametrize(
-    ("target", "host", "path"),
-    [("http://a:80?b", "a:80", "/"), ("HTTPS://[::1]/c%20d", "[::1]", "/c d"), ("//a/b", "evil.example", "//a/b")],
-)
+ABSOLUTE = [("http://a:80?b", "a:80", "/"), ("HTTPS://[::1]/c%20d", "[::1]", "/c d"), ("//a/b", "other.org", "//a/b")]
+
+
+@pytest.mark.parametrize(("target", "host", "path"), ABSOLUTE)
 def test_host_of_the_target_replaces_the_header_field(target: str, host: str, path: str) -> None:
     parser = Parser(Adjustments())
-    parser.received(f"GET {target} HTTP/1.9\r\nHost: evil.example\r\n\r\n".encode())
+    parser.received(f"GET {target} HTTP/1.9\r\nHost: other.org\r\n\r\n".encode())
     assert (parser.headers["HOST"], parser.path, parser.version) == (host, path, "1.1")
 
 
@@ -157,8 +144,6 @@ def test_documents_ignore_dates_and_ranges(wire: Wire, path: str) -> None:
         assert (answer.status, answer.body) == (304, b"")
         assert answer.headers["cache-control"] == whole.headers["cache-control"] == "no-cache"
 
-
-# The size of a body
 
 LARGE = [
     *(("PUT", object_of, length) for length in (MAX_BODY + 1, 70_000, MAX_DISCARDED)),
@@ -237,25 +222,19 @@ BETWEEN_CHUNKS = ("chunk size", "chunk extension", "trailer")
 
 @SERVED
 @pytest.mark.parametrize("name", ENDLESS)
-@pytest.mark.parametrize(("method", "limit"), [("PUT", MAX_BODY), ("POST", MAX_BULK)])
-def test_endless_chunked_body_is_refused(
-    wire: Wire, name: str, method: str, limit: int, token: str | None, status: int
-) -> None:
+@pytest.mark.parametrize("method", ["PUT", "POST"])
+def test_endless_chunked_body_is_refused(wire: Wire, name: str, method: str, token: str | None, status: int) -> None:
     """Chunks at twice the limit, since each has a head as well; what is between them is limited like a head."""
+    limit = MAX_BODY if method == "PUT" else MAX_BULK
     body = ENDLESS[name](17_000 if name in BETWEEN_CHUNKS else 2 * limit + 17_000)
     assert_problem(wire.send(head(CHUNKED, method=method, token=token), body).answer(), status)
     assert wire.is_closed()
 
 
-# Expect: 100-continue
-
-
-@pytest.mark.parametrize(("method", "status"), [("GET", 404), ("DELETE", 404), ("PUT", 404), ("POST", 405)])
-def test_expect_without_a_body_is_answered_and_does_not_reach_the_next_request(
-    wire: Wire, method: str, status: int
-) -> None:
-    assert_problem(wire.send(request(method, f"{TASKS}/0", "Expect: 100-continue", token=TOKEN)).answer(), status)
-    assert_problem(wire.send(get(token=None)).answer(), 401)
+def test_expect_without_a_body_is_answered_and_does_not_reach_the_next_request(wire: Wire) -> None:
+    for method, status in (("GET", 404), ("DELETE", 404), ("PUT", 404), ("POST", 405)):
+        assert_problem(wire.send(request(method, f"{TASKS}/0", "Expect: 100-continue", token=TOKEN)).answer(), status)
+        assert_problem(wire.send(get(token=None)).answer(), 401)
 
 
 def test_expect_with_a_body_gets_100(wire: Wire) -> None:

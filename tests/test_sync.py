@@ -2,11 +2,11 @@
 
 import itertools
 import re
-import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
+from functools import partial
 from random import Random
 from threading import Event
 from typing import Any
@@ -15,20 +15,16 @@ from urllib.parse import parse_qsl, urlsplit
 import psycopg
 import pytest
 from flask import Flask
-from flask.testing import FlaskClient
 
-from tests.people import Answer, Person, assert_problem, next_url
+from tests.people import Person, assert_problem, next_url
 
 EPOCH = "1970-01-01T00:00:00.000000Z"
+INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 Item = dict[str, Any]
 
 
 def path_of(person: Person) -> str:
-    return f"{person.tasks.removesuffix('tasks')}deletions"
-
-
-def deletions(person: Person, since: str = EPOCH, **query: Any) -> Answer:
-    return person.open(path_of(person), query_string={"since": since, **query})
+    return f"{person.tasks[:-5]}deletions"
 
 
 def ids(items: list[Item]) -> list[int]:
@@ -47,68 +43,39 @@ def read_pages(person: Person, path: str, **query: Any) -> tuple[list[Item], str
     return items, sync_time
 
 
-def test_every_way_to_delete_is_listed_oldest_first(alice: Person) -> None:
-    tasks = alice.request(
-        "POST", json=[{"title": "t", "tags": ["x"], "is_completed": n % 2 > 0} for n in range(9)]
-    ).json
-    tag = alice.request("GET", f"/{tasks[5]['id']}").headers["ETag"]
-    gone = [alice.request("DELETE", f"/{tasks[7]['id']}").json]
-    gone += [alice.request("DELETE", f"/{tasks[5]['id']}", headers={"If-Match": tag}).json]
-    assert_problem(alice.request("DELETE", f"/{tasks[0]['id']}", headers={"If-Match": '"1-1"'}), 412)
-    gone += alice.request("DELETE", query_string="is_completed=true").json
-    tag = alice.request("GET").headers["ETag"]
-    assert_problem(alice.request("DELETE", query_string="q=t", headers={"If-Match": '"1-1"'}), 412)
-    gone += alice.request("DELETE", query_string="q=t&tag=x", headers={"If-Match": tag}).json
-    assert alice.request("DELETE", query_string="q=t").json == []
-    response = deletions(alice)
-    found = response.json
-    assert ids(found) == ids(gone)
-    assert {frozenset(item) for item in found} == {frozenset(["id", "deleted_at"])}
-    times = [item["deleted_at"] for item in found]
-    assert times == sorted(times)
-    assert len(set(times)) == 4
-    assert times[-1] == response.headers["Sync-Time"] == alice.request("GET").headers["Sync-Time"]
-    assert all(re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", item) for item in times)
-
-
 def test_deletions_come_in_pages_and_since_is_inclusive(alice: Person) -> None:
     for number in range(4):
         alice.request("POST", json=[{"title": f"{number}"}] * 3)
         alice.request("DELETE", query_string=f"q={number}")
-    found = deletions(alice).json
+    found = alice.deletions().json
     assert len(found) == 12
+    assert all(item.keys() == {"id", "deleted_at"} and INSTANT.fullmatch(item["deleted_at"]) for item in found)
     for limit in (1, 3, 5, 11, 12):
         assert read_pages(alice, path_of(alice), since=EPOCH, limit=limit)[0] == found
-        assert len(deletions(alice, limit=limit).json) == limit
-    assert next_url(deletions(alice, limit=12)) == ""
+        assert len(alice.deletions(limit=limit).json) == limit
+    assert next_url(alice.deletions(limit=12)) == ""
     for first in (0, 3, 6, 9):
-        assert deletions(alice, found[first]["deleted_at"]).json == found[first:]
-    assert deletions(alice, found[0]["deleted_at"], limit=3).json == found[:3]
-    assert deletions(alice, found[-1]["deleted_at"].replace("Z", "001Z")).json in ([], found[-3:])  # below microseconds
-    cursor = dict(parse_qsl(urlsplit(next_url(deletions(alice, limit=1))).query))["cursor"]
-    assert_problem(deletions(alice, found[3]["deleted_at"], cursor=cursor), 422)
+        assert alice.deletions(found[first]["deleted_at"]).json == found[first:]
+    assert alice.deletions(found[0]["deleted_at"], limit=3).json == found[:3]
+    assert alice.deletions(found[-1]["deleted_at"].replace("Z", "001Z")).json in ([], found[-3:])  # below microseconds
+    cursor = dict(parse_qsl(urlsplit(next_url(alice.deletions(limit=1))).query))["cursor"]
+    assert_problem(alice.deletions(found[3]["deleted_at"], cursor=cursor), 422)
     assert_problem(alice.request("GET", query_string={"cursor": cursor}), 422)
 
 
 def test_sync_time_is_the_time_of_the_last_change(alice: Person, bob: Person) -> None:
-    for response in (alice.request("GET"), deletions(alice)):
-        assert (response.json, response.headers["Sync-Time"]) == ([], EPOCH)
     tag = alice.request("GET").headers["ETag"]
     assert alice.request("GET", headers={"If-None-Match": tag}).headers["Sync-Time"] == EPOCH
     task = alice.create()
     bob.create()
     for query in ("", "limit=1", "is_completed=true&sort=title&count=true", "updated_since=2999-01-01T00:00:00Z"):
         assert alice.request("GET", query_string=query).headers["Sync-Time"] == task["updated_at"]
-    assert deletions(alice).headers["Sync-Time"] == task["updated_at"]
-    assert deletions(alice, EPOCH).json == []  # the Sync-Time from before the first task is good
     tag = alice.request("GET").headers["ETag"]
     response = alice.request("GET", headers={"If-None-Match": tag})
     assert (response.status_code, response.headers["Sync-Time"]) == (304, task["updated_at"])
 
 
-def test_deletions_are_kept_for_30_days_and_cleared_by_own_changes(
-    alice: Person, bob: Person, conn: psycopg.Connection
-) -> None:
+def test_own_changes_clear_deletions_of_30_days(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
     tasks = alice.request("POST", json=[{"title": f"{n}"} for n in range(5)]).json
     for task in tasks[:4]:
         alice.request("DELETE", f"/{task['id']}")
@@ -116,96 +83,59 @@ def test_deletions_are_kept_for_30_days_and_cleared_by_own_changes(
         move = "UPDATE taskapi.deletions SET deleted_at = now() - %s * interval '1 day' WHERE (user_id, id) = (%s, %s)"
         conn.execute(move, [days, alice.user, task["id"]])
     conn.execute("UPDATE taskapi.users SET expires = 0 WHERE id = %s", [alice.user])  # or nothing is looked for
-    times = [item["deleted_at"] for item in deletions(alice).json]
+    times = [item["deleted_at"] for item in alice.deletions().json]
     bob.create()
     alice.request("PUT", f"/{tasks[0]['id']}", json={"title": "t"})  # 404
     for method, path, body in (("PATCH", f"/{tasks[4]['id']}/complete", None), ("POST", "", {"title": "t"})):
         assert alice.request(method, path, json=body).status_code in (200, 201)
         for since in (EPOCH, times[0], times[1]):
-            problem = assert_problem(deletions(alice, since), 410)
+            problem = assert_problem(alice.deletions(since), 410)
             assert problem["detail"] == "Later deletions are no longer kept: read the whole list again."
         for since in times[2:]:  # the newest that was cleared, and later
-            assert ids(deletions(alice, since).json) == [tasks[3]["id"]]
-    assert deletions(bob).json == []
+            assert ids(alice.deletions(since).json) == [tasks[3]["id"]]
+    assert bob.deletions().json == []
     alice.request("DELETE", f"/{tasks[4]['id']}")
-    assert ids(deletions(alice, times[2]).json) == [tasks[3]["id"], tasks[4]["id"]]
-    assert_problem(deletions(alice, times[1]), 410)
+    assert ids(alice.deletions(times[2]).json) == [tasks[3]["id"], tasks[4]["id"]]
+    assert_problem(alice.deletions(times[1]), 410)
 
 
-@pytest.mark.parametrize("change", ["PUT", "PATCH", "DELETE", "bulk delete", "POST"])
-def test_each_kind_of_change_clears_deletions(alice: Person, conn: psycopg.Connection, change: str) -> None:
+CHANGES = [("POST", "", {"title": "t"}), ("PUT", "/{}", {"title": "t"}), ("PATCH", "/{}/complete", None)]
+CHANGES += [("DELETE", "/{}", None), ("DELETE", "?q=new", None)]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), CHANGES)
+def test_changes_clear_deletions(alice: Person, conn: psycopg.Connection, method: str, path: str, body: Any) -> None:
     old, task = alice.create("old"), alice.create("new")
     alice.request("DELETE", f"/{old['id']}")
     conn.execute("UPDATE taskapi.deletions SET deleted_at = '2020-01-01Z' WHERE user_id = %s", [alice.user])
     conn.execute("UPDATE taskapi.users SET expires = 0 WHERE id = %s", [alice.user])
-    assert ids(deletions(alice).json) == [old["id"]]  # until the next change
-    path, query = {"PATCH": (f"/{task['id']}/complete", ""), "POST": ("", ""), "bulk delete": ("", "q=new")}.get(
-        change, (f"/{task['id']}", "")
-    )
-    body = {"title": "new"} if change in ("PUT", "POST") else None
-    method = change.split()[-1].upper()
-    assert alice.request(method, path, query_string=query, json=body).status_code in (200, 201)
-    assert_problem(deletions(alice), 410)
-    assert old["id"] not in ids(deletions(alice, "2020-01-01T00:00:00Z").json)
+    assert ids(alice.deletions().json) == [old["id"]]  # until the next change
+    assert alice.request(method, path.format(task["id"]), json=body).status_code in (200, 201)
+    assert_problem(alice.deletions(), 410)
+    assert old["id"] not in ids(alice.deletions("2020-01-01T00:00:00Z").json)
 
 
 @pytest.mark.parametrize("query", ["", "is_completed=false"])
-@pytest.mark.parametrize(("days", "status"), [(29.9, 200), (30.1, 410)])
-def test_a_change_clears_deletions_after_30_days_and_not_before(
-    alice: Person, conn: psycopg.Connection, query: str, days: float, status: int
-) -> None:
+@pytest.mark.parametrize("days", [29.9, 30.1])
+def test_changes_clear_deletions_over_30_days(alice: Person, conn: psycopg.Connection, query: str, days: float) -> None:
     gone = alice.create()
     assert alice.request("DELETE", "" if query else f"/{gone['id']}", query_string=query).status_code == 200
     age = int(days * 86_400_000_000)
     moved = "UPDATE taskapi.users SET clock = clock - %s, expires = expires - %s WHERE id = %s"
     conn.execute(moved, [age, age, alice.user])
-    [deleted] = deletions(alice).json
+    [deleted] = alice.deletions().json
     moved_to = datetime.fromisoformat(deleted["deleted_at"]) - timedelta(microseconds=age)
     conn.execute("UPDATE taskapi.deletions SET deleted_at = %s WHERE user_id = %s", [moved_to, alice.user])
     alice.create()
-    assert deletions(alice).status_code == status
+    assert alice.deletions().status_code == (200 if days < 30 else 410)
 
 
-def test_deletions_of_another_user_are_not_seen(alice: Person, bob: Person) -> None:
-    for person in (alice, bob):
-        person.create()
-        person.request("DELETE", query_string="is_completed=false")
-    assert len(deletions(alice).json) == len(deletions(bob).json) == 1
-    assert not {*ids(deletions(alice).json)} & {*ids(deletions(bob).json)}
-    assert_problem(bob.open(path_of(alice), query_string={"since": EPOCH}), 403)
-    assert_problem(alice.open(path_of(alice), query_string={"since": EPOCH}, headers={}), 401)
+WRONG = ["", "limit=5", "since=", "since=yesterday", "since=2026-11-21T00:00:00", f"since={EPOCH}&since={EPOCH}"]
+MORE = {"sort": "id", "q": "x", "limit": "0", "updated_since": EPOCH, "cursor": "x"}
+INVALID = [(query, "since") for query in WRONG] + [(f"since={EPOCH}&{name}={MORE[name]}", name) for name in MORE]
 
 
-def test_path_of_deletions_is_behind_the_guard_with_405_and_options(alice: Person) -> None:
-    path = path_of(alice)
-    for method in ("POST", "PUT", "PATCH", "DELETE"):
-        response = alice.open(path, method=method)
-        assert_problem(response, 405)
-        assert response.headers["Allow"] == "GET, HEAD, OPTIONS"
-        assert_problem(alice.open(path, method=method, headers={}), 401)
-    response = alice.open(path, method="OPTIONS", headers={})
-    assert (response.status_code, response.headers["Allow"]) == (200, "GET, HEAD, OPTIONS")
-    assert_problem(alice.open(f"{path}/7", query_string={"since": EPOCH}), 404)
-
-
-@pytest.mark.parametrize("suffix", ["/tasks", "/deletions", "/tasks/tasks", "tasks"])
-def test_user_id_may_look_like_a_path(client: FlaskClient, suffix: str) -> None:
-    person = Person(client, f"u{secrets.token_hex(6)}{suffix}")
-    task = person.create()
-    assert person.request("DELETE", f"/{task['id']}").status_code == 200
-    assert ids(deletions(person).json) == [task["id"]]
-    assert person.list() == []
-
-
-@pytest.mark.parametrize(
-    ("query", "parameter"),
-    [
-        *(("", "since"), ("limit=5", "since"), ("since=", "since"), ("since=yesterday", "since")),
-        *(("since=2026-11-21T00:00:00", "since"), (f"since={EPOCH}&sort=id", "sort"), (f"since={EPOCH}&q=x", "q")),
-        *((f"since={EPOCH}&since={EPOCH}", "since"), (f"since={EPOCH}&limit=0", "limit")),
-        *((f"since={EPOCH}&updated_since={EPOCH}", "updated_since"), (f"since={EPOCH}&cursor=x", "cursor")),
-    ],
-)
+@pytest.mark.parametrize(("query", "parameter"), INVALID)
 def test_wrong_parameter_is_422(alice: Person, query: str, parameter: str) -> None:
     problem = assert_problem(alice.open(path_of(alice), query_string=query), 422)
     assert [error["parameter"] for error in problem["errors"]] == [parameter]
@@ -243,17 +173,13 @@ def write_at_random(person: Person, seed: str, is_enough: Callable[[int], bool])
     for _ in itertools.takewhile(lambda count: not is_enough(count), range(500)):
         body = {"title": random.choice("abc"), "is_completed": random.random() < 0.3, "tags": [random.choice("xyz")]}
         id = random.choice(known or [1])
-        method, path, query, sent = random.choice(
-            [
-                *[("POST", "", "", body)] * 3,
-                *[("POST", "", "", [body] * random.randrange(6))] * 2,
-                *[("PUT", f"/{id}", "", {"title": "d"}), ("PATCH", f"/{id}/complete", "", None)] * 2,
-                *[("DELETE", f"/{id}", "", None)] * 2,
-                ("DELETE", "", f"q={random.choice('abcd')}&tag={random.choice('xyz')}", None),
-                ("DELETE", "", "is_completed=true", None),
-            ]
-        )
-        while (response := person.request(method, path, query_string=query, json=sent)).status_code == 429:
+        requests: list[tuple[str, str, Any]] = [("POST", "", body)] * 3
+        requests += [("POST", "", [body] * random.randrange(6))] * 2
+        requests += [("PUT", f"/{id}", {"title": "d"}), ("PATCH", f"/{id}/complete", None)] * 2
+        requests += [*[("DELETE", f"/{id}", None)] * 2, ("DELETE", "?is_completed=true", None)]
+        requests += [("DELETE", f"?q={random.choice('abcd')}&tag={random.choice('xyz')}", None)]
+        method, path, sent = random.choice(requests)
+        while (response := person.request(method, path, json=sent)).status_code == 429:
             time.sleep(0.01)
         assert response.status_code in (200, 201, 404), response.text
         if method == "POST":
@@ -269,21 +195,17 @@ def test_a_copy_that_is_kept_in_rounds_is_the_list_in_the_end(
     if is_ahead:  # of the database's, so that each change comes a microsecond after the one before
         conn.execute("UPDATE taskapi.users SET clock = clock + 3600000000 WHERE id = %s", [alice.user])
     stop = Event()
+    writers = [Person(app.test_client(), alice.user) for _ in range(3)]
     with ThreadPoolExecutor(3) as threads:
-        writers = [
-            threads.submit(
-                write_at_random, Person(app.test_client(), alice.user), f"{seed}-{n}", lambda _: stop.is_set()
-            )
-            for n in range(3)
-        ]
+        work = partial(write_at_random, is_enough=lambda _: stop.is_set())
+        done = threads.map(work, writers, [f"{seed}-{n}" for n in range(3)])
         try:
             copy = Copy(alice, seed)
             for _ in range(8):
                 copy.update()
         finally:
             stop.set()
-        for writer in writers:
-            writer.result()
+        assert len(list(done)) == 3
     copy.update()
     assert copy.list() == alice.list()
     before = copy.list()

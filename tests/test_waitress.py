@@ -20,21 +20,10 @@ import pytest
 from psycopg.conninfo import make_conninfo
 
 from taskapi.schemas import MAX_BULK
-from tests import hostile
-from tests.hostile import memory
-from tests.people import SECRET, mint
-from tests.processes import (
-    TIMEOUT,
-    Server,
-    Wire,
-    assert_problem,
-    environment,
-    request,
-    serving,
-    shared_copy,
-    started,
-    wait_until,
-)
+from tests import hostile, processes
+from tests.hostile import count_descriptors, memory, usage
+from tests.people import mint
+from tests.processes import Server, Wire, request, serving, shared_copy, started, wait_until
 from tests.servers import NO_TEMPFILE, connected, create_long_list, listens, python_after, raise_timeouts, tasks_locked
 
 pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
@@ -53,19 +42,17 @@ SHORT_LIMITS = ("server.REQUEST_TIMEOUT = 1", "server.WAITRESS['cleanup_interval
 STOP = "stop = lambda: os.kill(os.getpid(), 15)"
 
 Start = Callable[..., AbstractContextManager[Server]]
-
-
 folder = shared_copy(raise_timeouts)
 
 
 @pytest.fixture(scope="module")
-def start(folder: Path, database_url: str) -> Start:
+def start(folder: Path, variables: dict[str, str]) -> Start:
     """Starts `python wsgi.py`, after these statements and with these variables."""
+    usual = variables | {"RATE_LIMIT_REFUSED": "9999999/minute"}
 
-    def start(*statements: str, **variables: str) -> AbstractContextManager[Server]:
-        env = {"DATABASE_URL": database_url, "BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT_REFUSED": "9999999/minute"}
+    def start(*statements: str, **changes: str) -> AbstractContextManager[Server]:
         python = python_after(*statements) if statements else NO_TEMPFILE
-        return serving(folder, env | variables, token=TOKEN, python=python)
+        return serving(folder, usual | changes, token=TOKEN, python=python)
 
     return start
 
@@ -82,11 +69,11 @@ def running(start: Start) -> Iterator[Server]:
 def server(running: Server) -> Iterator[Server]:
     """A server that must be as before after each test."""
     pid = running.popen.pid
-    descriptors, threads = count_descriptors(pid), len(os.listdir(f"/proc/{pid}/task"))
+    before = usage(pid)
     yield running
     wait_until(lambda: running.ask("GET", TASKS).status == 200, "no request is in progress")
-    wait_until(lambda: count_descriptors(pid) <= descriptors + 5, "connections and files are closed")
-    assert len(os.listdir(f"/proc/{pid}/task")) <= threads
+    wait_until(lambda: count_descriptors(pid) <= before["descriptors"] + 5, "connections and files are closed")
+    assert usage(pid)["threads"] <= before["threads"]
     assert running.complaints == []
 
 
@@ -104,10 +91,6 @@ def long(running: Server) -> bytes:
     return create_long_list(running, f"reader-{secrets.token_hex(6)}")
 
 
-def count_descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
-
-
 def processor_time(pid: int) -> float:
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
@@ -118,9 +101,6 @@ def duration(server: Server) -> float:
     started = time.monotonic()
     assert server.ask("GET", TASKS).status == 200
     return time.monotonic() - started
-
-
-# Many connections
 
 
 def test_idle_and_slow_clients_do_not_delay_others(server: Server) -> None:
@@ -169,9 +149,6 @@ def test_connections_wait_while_there_is_no_descriptor_for_them(start: Start) ->
         assert server.complaints == []
 
 
-# Time limits
-
-
 def test_client_that_sends_too_slowly_is_closed(hasty: Server) -> None:
     """However regularly its bytes come."""
     chunked = request("POST", TASKS, CHUNKED, token=TOKEN)
@@ -208,8 +185,6 @@ def test_client_that_goes_on_is_not_closed(hasty: Server, long: bytes) -> None:
         assert len(wire.answer().json) == 203
         assert wire.send(GET).answer().status == 200
 
-
-# Memory and disk
 
 FLOODS = {
     "heads": (b"GET / HTTP/1.1\r\n" + b"X-Flood: 1\r\n" * 80_000, 431),
@@ -272,11 +247,11 @@ def test_memory_for_requests_is_bounded(start: Start) -> None:
             time.sleep(0.05)
         for wire in wires[1:4]:
             refused = wire.answer()
-            assert_problem(refused, 503)
+            processes.assert_problem(refused, 503)
             assert refused.headers["retry-after"] == "1"
             assert wire.is_closed()
         assert wires[0].send(POST[-1:]).answer().status == 201
-        assert_problem(wires[6].send(b"x" * 200_000).answer(), 401)
+        processes.assert_problem(wires[6].send(b"x" * 200_000).answer(), 401)
         assert server.complaints == []
 
 
@@ -310,9 +285,6 @@ def test_hostile_traffic_leaves_nothing(server: Server) -> None:
     """A short form of `python -m tests.hostile`."""
     assert hostile.attack(server, 4).keys() == {200}
     assert memory(server.popen.pid, "VmHWM") < hostile.MAX_MEMORY
-
-
-# The end
 
 
 def stop(server: Server) -> None:
@@ -363,9 +335,7 @@ def test_open_connections_are_answered_and_closed(start: Start) -> None:
         assert_ends(server, within=5)
 
 
-def test_idle_connections_are_closed_soon_those_to_postgresql_too(
-    start: Start, conn: psycopg.Connection, database_url: str
-) -> None:
+def test_idle_connections_are_closed_soon_everywhere(start: Start, conn: psycopg.Connection, database_url: str) -> None:
     url = make_conninfo(database_url, application_name=USER)
     with start(DATABASE_URL=url) as server, connected(server, 20) as wires:
         assert {wire.send(GET).answer().status for wire in wires[5:]} == {200}
@@ -412,11 +382,11 @@ def test_client_that_does_not_go_on_delays_the_end_for_a_limited_time(start: Sta
 
 
 @pytest.mark.parametrize("at", ["create_app", "Server", "Server.serve"])
-def test_signal_during_the_start_ends_it(folder: Path, database_url: str, at: str) -> None:
-    env = environment(DATABASE_URL=database_url, BETTER_AUTH_SECRET=SECRET)
+def test_signal_during_the_start_ends_it(folder: Path, variables: dict[str, str], at: str) -> None:
+    env = processes.environment(**variables)
     patch = f"def patched(*a, f=server.{at}):\n stop()\n return f(*a)\nserver.{at} = patched"
     with started(python_after(STOP, patch), folder, env) as process:
-        assert process.popen.wait(TIMEOUT) == 0
+        assert process.popen.wait(processes.TIMEOUT) == 0
         assert process.complaints == []
 
 
