@@ -29,8 +29,7 @@ def guard() -> Response | None:
         api.limits.count_refusal(request)
         return _unauthorized(str(error), f'{CHALLENGE}, error="invalid_token", error_description="{error}"')
     if user is None:
-        hint = ": Authorization must be Bearer, a space and the token" if request.headers.get("Authorization") else ""
-        return _unauthorized(f"A bearer token is required{hint}.", CHALLENGE)
+        return _unauthorized("A token is required: Authorization must be Bearer, a space and the token.", CHALLENGE)
     context.user = user
     # The bytes too: werkzeug decodes invalid UTF-8 as U+FFFD, which an id may contain.
     path = request.environ["PATH_INFO"].encode("latin-1")

@@ -136,7 +136,7 @@ class Limits:
         context.user_requests = self.concurrency.start(user_id)
         if not context.user_requests:
             context.reason = "Too many requests of one person at a time."
-            abort(problem(429, "Too many of your requests are in progress.", {"Retry-After": "1"}))
+            abort(problem(429, "Too many of your requests are in progress: send fewer at once.", {"Retry-After": "1"}))
 
     def check_refusals(self, request: Request) -> None:
         """Ends the request with 429 if this client has reached the limit of refusals. Behind an unknown proxy, the

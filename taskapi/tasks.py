@@ -84,7 +84,7 @@ def list_deletions(user_id: str) -> Response:
     query |= pagination.parse_cursor(query.pop("cursor"))
     body, has_more, after, after_id, tag, is_gone = _run("list_deletions", **query) or _not_found()
     if is_gone == b"t":
-        abort(problems.problem(410, "Later deletions are no longer kept: read the whole list again."))
+        abort(problems.problem(410, "Deletions after this time are no longer kept: read the whole list again."))
     response = _add_sync_time(_answer(body), tag or NO_TAG)
     response.headers["Cache-Control"] = "private, no-cache"
     if has_more == b"t":
@@ -205,7 +205,7 @@ def _repeat(repeat: dict[str, Any], is_array: bool) -> Response | None:
         return None
     is_same, count, body, tag, id, after, after_id = row
     if is_same != b"t":
-        parsing.refuse("header", [(idempotency.HEADER, "Was used for another request.")])
+        parsing.refuse("header", [(idempotency.HEADER, "Was used for another request. Use a new key.")])
     if not id and int(count):
         abort(problems.problem(410, "The tasks that this request created have been deleted."))
     response = _created(body, tag, id, is_array)

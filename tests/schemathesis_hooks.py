@@ -7,7 +7,7 @@ from schemathesis.core.transport import Response
 ACCEPTED = {
     "At least one filter is required, this or any other.",
     "Does not belong to this list: start without a cursor, and follow Link.",
-    "Was used for another request.",  # an Idempotency-Key belongs to one body
+    "Was used for another request. Use a new key.",  # an Idempotency-Key belongs to one body
 }
 
 

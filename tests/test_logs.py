@@ -22,6 +22,7 @@ from tests.people import SECRET, UNREACHABLE, Person, assert_problem, mint, runn
 ADDRESS = "2001:db8::7"
 TASKS = "/api/{user_id}/tasks"
 TASK = TASKS + "/{id}"
+NO_TOKEN = "A token is required: Authorization must be Bearer, a space and the token."
 STANDARD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
 
 Events = Callable[[], list[dict[str, Any]]]
@@ -65,7 +66,7 @@ def test_refused_tokens_are_logged_with_the_user_if_verified(alice: Person, bob:
     alice.token = bob.token
     assert ask(alice, "DELETE", "/7") == 403
     assert events() == [
-        refusal(401, "A bearer token is required.", "PATCH", f"{TASK}/complete"),
+        refusal(401, NO_TOKEN, "PATCH", f"{TASK}/complete"),
         refusal(401, "The token is malformed: it must be a JWT."),
         refusal(401, "The token has expired."),
         refusal(401, "The token's signature is invalid."),

@@ -69,7 +69,8 @@ def test_another_body_with_a_used_key_is_422(alice: Person, bob: Person) -> None
     assert_same(first, create(alice, "k", {"due_at": "2026-12-24T19:00:00+01:00", "title": " t "}))
     for body in ({"title": "u"}, {"title": "t"}, {**first.json, "priority": "low"}, [first.json], []):
         problem = assert_problem(create(alice, "k", body), 422)
-        assert problem["errors"] == [{"header": "Idempotency-Key", "detail": "Was used for another request."}]
+        detail = "Was used for another request. Use a new key."
+        assert problem["errors"] == [{"header": "Idempotency-Key", "detail": detail}]
     theirs = create(bob, "k", {"title": "theirs"})
     assert (alice.list(), bob.list()) == ([first.json], [theirs.json])
 

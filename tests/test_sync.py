@@ -90,7 +90,7 @@ def test_own_changes_clear_deletions_of_30_days(alice: Person, bob: Person, conn
         assert alice.request(method, path, json=body).status_code in (200, 201)
         for since in (EPOCH, times[0], times[1]):
             problem = assert_problem(alice.deletions(since), 410)
-            assert problem["detail"] == "Later deletions are no longer kept: read the whole list again."
+            assert problem["detail"] == "Deletions after this time are no longer kept: read the whole list again."
         for since in times[2:]:  # the newest that was cleared, and later
             assert ids(alice.deletions(since).json) == [tasks[3]["id"]]
     assert bob.deletions().json == []
