@@ -274,6 +274,9 @@ def test_documented_statuses_are_those_that_are_answered(
         answers.append(ask(limited.test_client(), name, path, method, {}))
     answers.append(ask(no_database, name, path, method, {}, id=1))
     answers += [gone(client, conn, name)] if name in ("create_task", "list_deletions") else []
+    with monkeypatch.context() as busy:
+        busy.setattr("taskapi.limits.Concurrency.start", lambda *_: 0)
+        answers.append(ask(client, name, path, method, {}, id=1))
     monkeypatch.setattr("taskapi.db.Database.run", lambda *_, **__: 1 / 0)
     answers.append(ask(client, name, path, method, {}, id=1))
     for answer in answers:
