@@ -74,12 +74,13 @@ class MemoryStore:
 class Concurrency:
     """Counts the requests in progress, and refuses those of a user who would keep others waiting.
 
-    A user has at most half of the database connections, which are as many as the server's threads. Several users could
-    together have all of them. So a heavy user has only a quarter, and one while half of all connections are in use.
+    A user has at most three quarters of the database connections, which are as many as the server's threads: 6 of 8, as
+    many as a browser opens. Several users could together have all of them. So a heavy user has only a quarter, and one
+    while half of all connections are in use.
     """
 
     def __init__(self, max_connections: int) -> None:
-        self._limit = max(1, max_connections // 2)
+        self._connections = max_connections
         self._counts: Counter[str] = Counter()  # of the users with requests in progress
         self._period_end = 0.0  # by time.monotonic()
         self._use: dict[str, float] = {}  # seconds of each user in this period, and in the last one
@@ -90,11 +91,11 @@ class Concurrency:
     def start(self, user_id: str) -> int:
         """Counts a request, which must `end`. Returns how many the user has in progress, or 0 if it must be refused."""
         with self._lock:
-            limit = self._limit
+            limit = self._connections * 3 // 4
             used = self._use.get(user_id, 0) + self._last_use.get(user_id, 0)
             if used > max(MIN_USE, self._use_of_all * HEAVY_SHARE):
-                limit = 1 if self._counts.total() >= limit else max(1, limit // 2)
-            if self._counts[user_id] >= limit:
+                limit = 1 if self._counts.total() >= self._connections // 2 else self._connections // 4
+            if self._counts[user_id] >= max(1, limit):
                 return 0
             self._counts[user_id] += 1
             return self._counts[user_id]

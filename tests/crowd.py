@@ -40,6 +40,7 @@ SITE = """
 upstream taskapi {{ server {address}; keepalive 64; }}
 server {{
     listen 127.0.0.1:{port} backlog=4096;
+    keepalive_requests 1000000;
     location / {{ proxy_pass http://taskapi; proxy_http_version 1.1; proxy_set_header Connection ""; }}
 }}
 """

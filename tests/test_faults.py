@@ -420,7 +420,7 @@ def test_one_users_waiting_requests_leave_connections_for_others(database_url: s
             conn.execute("SELECT FROM taskapi.users WHERE id = %s FOR UPDATE", [ann.user])
             with within(0.8):  # not after the lock timeout
                 done = as_completed([threads.submit(client.request, "PATCH", path) for client in clients])
-                refused = [next(done).result() for _ in range(2 * POOL - POOL // 2)]
+                refused = [next(done).result() for _ in range(2 * POOL - POOL * 3 // 4)]
                 assert bob.list() == []
             for answer in refused:
                 detail = "Too many of your requests are in progress: send fewer at once."
