@@ -14,7 +14,10 @@ def make_app() -> Flask:
 
 @group.command(with_appcontext=False)
 def serve() -> None:
-    """Serve the API, as `python wsgi.py` does; without DATABASE_URL as a try-out, under .taskapi/."""
+    """Serve the API, as `python wsgi.py` does.
+
+    Without DATABASE_URL it is a try-out, whose data is under .taskapi/.
+    """
     server.main()
 
 

@@ -81,9 +81,7 @@ def check_requests(conn: psycopg.Connection[Any]) -> None:
                     for statement in build_batch(name, params)[0]:
                         cursor.execute(statement, params)
     except errors.ReadOnlySqlTransaction as error:
-        names = [psycopg.sql.Identifier(name).as_string() for name in (conn.info.user, conn.info.dbname)]
-        remedy = WRITABLE.format(*names, "default_transaction_read_only")
-        raise NotReady(f"{error.diag.message_primary}: {remedy}") from None
+        raise NotReady(f"{error.diag.message_primary}: {needs_primary(conn)}") from None
     except (errors.InsufficientPrivilege, errors.UndefinedTable, errors.UndefinedColumn) as error:
         raise NotReady(f"{error.diag.message_primary}: {MIGRATE}") from None
 
@@ -99,6 +97,12 @@ def find_access_gaps(conn: psycopg.Connection[Any], *, of_role: bool = False) ->
     with conn.transaction(), psycopg.Cursor(conn, row_factory=tuple_row) as cursor:
         found = cursor.execute(load_sql("find_access_gaps")).fetchall()
     return [command for command, is_of_role in found if is_of_role or not of_role]
+
+
+def needs_primary(conn: psycopg.Connection[Any]) -> str:
+    """What to do if this connection may only read."""
+    names = [psycopg.sql.Identifier(name).as_string() for name in (conn.info.user, conn.info.dbname)]
+    return WRITABLE.format(*names, "default_transaction_read_only")
 
 
 def needs_superuser(commands: list[str]) -> str:

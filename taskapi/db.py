@@ -134,7 +134,7 @@ class Database:
         elif detail is None:
             is_about_a_value = state.startswith("22")  # its message quotes the value
             return UnexpectedDatabaseError(f"{state} {'about a value' if is_about_a_value else first_line(error)}")
-        reason = first_line(error)
+        reason = error.diag.message_primary or first_line(error)  # str() of an error adds a position
         if detail is NOT_READY:
             self._schema_is_current = False
             reason += "" if isinstance(error, NotReady) else f": {MIGRATE}"
@@ -185,7 +185,7 @@ class Database:
         timeout = max(0.01, min(deadline - now, POOL_TIMEOUT))
         if self.is_down:
             if now < self._next_retry:
-                raise psycopg_pool.PoolTimeout("the database is down")
+                raise psycopg_pool.PoolTimeout("no connection can be made; the lines of psycopg.pool say why")
             self._next_retry = now + RETRY_INTERVAL
             timeout = 0.01
         if self._owns_pool and self._pool.closed:

@@ -9,7 +9,7 @@ import psycopg
 from psycopg import errors
 from psycopg.rows import tuple_row
 
-from .checks import NotReady, find_access_gaps, load_migrations, needs_superuser
+from .checks import NotReady, find_access_gaps, load_migrations, needs_primary, needs_superuser
 from .search import fold, make_stream_safe
 from .statements import load_sql
 
@@ -53,6 +53,8 @@ def _run(conn: psycopg.Connection[Any], work: Callable[[psycopg.Cursor[Any]], T]
                 return work(cursor)
         except errors.InsufficientPrivilege as error:
             raise NotReady(f"{error.diag.message_primary}: {OWNER_NEEDED}") from None
+        except errors.ReadOnlySqlTransaction as error:
+            raise NotReady(f"{error.diag.message_primary}: {needs_primary(conn)}") from None
         except errors.LockNotAvailable:
             pass
     raise NotReady(IN_USE)

@@ -44,7 +44,7 @@ def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iter
     variables = {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}
     with serving_copy(tmp_path_factory.mktemp("health"), variables) as server:
         yield server
-        assert not re.search(f"eyJ|Rest|{SECRET}|{PASSWORD}", server.stderr)
+        assert not re.search(f"eyJ|Rest|{SECRET}|{PASSWORD}|at character", server.stderr)
 
 
 def is_not_ready(server: Server, reason: str) -> bool:
@@ -80,6 +80,7 @@ FAULTS: dict[str, tuple[LiteralString, str]] = {
     "down": ("", "connection to server on socket"),
     "empty": ("DROP SCHEMA taskapi CASCADE", "the schema lacks 0001_.*`taskapi migrate`"),
     "no role": ("REVOKE taskapi_user FROM app", "must run `GRANT taskapi_user TO app"),
+    "no usage": ("REVOKE USAGE ON SCHEMA taskapi FROM taskapi_user", "for schema taskapi: run `taskapi migrate`"),
     "no grant": ("REVOKE SELECT ON taskapi.tasks FROM taskapi_user", "for table tasks: run `taskapi migrate`"),
 }
 

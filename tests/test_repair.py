@@ -141,6 +141,14 @@ def test_the_login_of_the_server_may_not_change_the_schema(postgres: Database) -
         conn.execute("CREATE TABLE taskapi.more ()")
 
 
+def test_migrate_with_a_read_only_login_names_the_remedy(postgres: Database) -> None:
+    execute(postgres, "ALTER ROLE taskapi_owner SET default_transaction_read_only TO on")
+    with running_app(url(postgres, "owner")) as owner:
+        follow(postgres, run(owner, "migrate").stderr)
+        assert run(owner, "migrate").exit_code == 0
+    postgres.run("ALTER ROLE taskapi_owner RESET ALL")
+
+
 def test_a_login_with_other_settings_is_served(postgres: Database) -> None:
     """With the opposite of each boolean that a login may set."""
     booleans = "FROM pg_settings WHERE vartype = 'bool' AND context = 'user' AND name !~ 'transaction_'"
