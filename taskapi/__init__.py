@@ -66,6 +66,8 @@ def init_app(
         raise ConfigError("this app has the API already: call init_app once for each app")
     if not re.fullmatch("(/[^<>?#]*)?", url_prefix):
         raise ConfigError(f"url_prefix {url_prefix!r} is not a fixed path: pass one such as /api")
+    if not isinstance(settings, Settings | None):
+        raise ConfigError(f"settings is of type {type(settings).__name__}: pass taskapi.Settings, or no settings")
     if not isinstance(pool, ConnectionPool | None):
         raise ConfigError(f"pool is of type {type(pool).__name__}: pass a psycopg_pool.ConnectionPool, or no pool")
     if not hasattr(select, "poll"):

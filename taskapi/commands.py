@@ -183,10 +183,8 @@ def _describe(error: psycopg.Error) -> str:
     if isinstance(error, psycopg.OperationalError) and not error.sqlstate:
         if "FATAL:" in (reason := first_line(error)):
             return f"the database refuses the connection ({reason}): allow it there, or correct DATABASE_URL"
-        return (
-            f"the database cannot be reached ({reason}): "
-            "start it, or set DATABASE_URL; the database of a try-out runs while `python wsgi.py` runs"
-        )
+        remedy = "start it (for a try-out: `taskapi serve`), or set DATABASE_URL"
+        return f"the database cannot be reached ({reason}): {remedy}"
     return first_line(error)
 
 

@@ -167,6 +167,8 @@ class Settings:
     def __post_init__(self) -> None:
         for name, member in VARIABLES.items():
             value = getattr(self, member.name)
+            if isinstance(member.default, tuple) and isinstance(value, str):  # its characters would be the values
+                raise ConfigError(f"{member.name} is a string: pass a tuple of strings")
             try:
                 is_valid = value is None or member.metadata["check"](value)
             except ConfigError:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flask import Flask, Response, abort, render_template, request, send_from_directory
 
+from .config import ConfigError
 from .preconditions import not_modified
 
 # The files that `/docs` loads from this package and from the wheel flask-swagger-ui, with their media types: the
@@ -30,9 +31,11 @@ _HOST = re.compile(r"(?:[a-z0-9][a-z0-9._-]{0,252}|\[[0-9a-f:.]{2,45}\])(?::[0-9
 
 
 def init_app(app: Flask) -> None:
-    """Adds `/docs` to an app that has `/openapi.json`, if the extra `docs` is installed."""
+    """Adds `/docs` to an app that has `/openapi.json`, if the extra `docs` is installed. Raises ConfigError."""
+    if "taskapi_openapi" not in app.view_functions:
+        raise ConfigError("/docs shows /openapi.json: call taskapi.openapi.init_app(app) first")
     spec = importlib.util.find_spec("flask_swagger_ui")
-    if spec is None or spec.origin is None or "taskapi_openapi" not in app.view_functions:
+    if spec is None or spec.origin is None:
         return
     static, vendor = Path(__file__).parent / "static", Path(spec.origin).parent / "dist"
     types = PACKAGE_ASSETS | VENDOR_ASSETS
@@ -59,7 +62,10 @@ def add_front_page(app: Flask) -> None:
         host = request.headers.get("Host", "")
         if not _HOST.fullmatch(host):
             host = f"127.0.0.1:{request.environ['SERVER_PORT']}"
-        page = render_template("tryout.html", url=f"{request.scheme}://{host}", links=links, nonce=nonce)
+        in_clone = Path(".venv/bin/taskapi").exists()  # not so with a wheel
+        page = render_template(
+            "tryout.html", url=f"{request.scheme}://{host}", links=links, in_clone=in_clone, nonce=nonce
+        )
         policy = f"{BASE_POLICY}; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src data:"
         return _page(Response(page, headers={"Cache-Control": "no-store"}, mimetype="text/html"), policy)
 

@@ -136,7 +136,7 @@ class Parser(HTTPRequestParser):
         found = _HEAD_END.search(head, max(start, len(self.header_plus) - 3))
         end = self.header_bytes_received = found.end() if found else len(head)
         if end > self.adj.max_request_header_size:
-            has_first_line = b"\n" in head[start:end]
+            has_first_line = b"\n" in head[start : self.adj.max_request_header_size]
             raise RequestError(431 if has_first_line else 414, "The head of the request is too large.")
         if found:
             self.headers_finished = True

@@ -185,13 +185,15 @@ def issue_token(
     """A token for `user_id` that the API in `app`, by default the current app, accepts until `expires` has passed.
 
     For the signed-in user of an embedding app, and for trials. `email` and `name` are stored with the first task.
-    Raises ConfigError without the API or its secret, and ValueError if `user_id` is no string that can be a user's id.
+    Raises ConfigError without the API or its secret, and ValueError if `user_id` or `expires` would be refused.
     """
     settings = get_api(app).settings
     if not settings.secrets:
         raise ConfigError("BETTER_AUTH_SECRET is not set: only your issuer can sign tokens")
     if not isinstance(user_id, str) or not is_user_id(user_id):
         raise ValueError(f"the user id {user_id!r} is not a string of 1 to {MAX_USER_ID:,} bytes of UTF-8")
+    if not isinstance(expires, timedelta) or expires <= timedelta(0):  # a token without `exp` would be issued for 0
+        raise ValueError(f"expires {expires!r} is not a positive timedelta")
     signer = Flask("taskapi.signer")  # an app of its own: an embedding app may have other settings
     signer.config["JWT_SECRET_KEY"] = settings.secrets[0]
     signer.config["JWT_ENCODE_ISSUER"] = settings.issuers[0] if settings.issuers else None

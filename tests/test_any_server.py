@@ -152,12 +152,14 @@ BAD_FRAMING = {
     "header of 17 KB": get(f"X-Long: {'x' * 17_000}"),
     "endless headers": get()[:-2] + b"X-Endless: 1\r\n" * 10_000,
     "endless first line": b"GET /" + b"x" * 100_000,
+    "target of 17 KB": get(target=f"/{'x' * 17_000}"),
     "two Content-Lengths": post("Content-Length: 21", "Content-Length: 21", body=TASK),
     "bad Content-Length with Expect": post("Content-Length: x", "Expect: 100-continue"),
     "empty Transfer-Encoding and length": post("Transfer-Encoding:", "Content-Length: 21", body=TASK),
     "chunked in HTTP/1.0": post(CHUNKED, body=CHUNKS).replace(b"HTTP/1.1", b"HTTP/1.0"),
 }
-NOT_400 = {"header of 17 KB": 431, "endless headers": 431, "endless first line": 414, "HTTP/2": 505}
+NOT_400 = {"header of 17 KB": 431, "endless headers": 431, "HTTP/2": 505}
+NOT_400 |= dict.fromkeys(("endless first line", "target of 17 KB"), 414)
 NOT_400 |= dict.fromkeys(("Transfer-Encoding: gzip, chunked", "get", "CONNECT"), 501)
 
 

@@ -142,7 +142,7 @@ def test_success_is_0_and_failure_is_1_with_one_line(app: Flask, postgres: Datab
     with running_app(UNREACHABLE, secrets=(), better_auth_url="http://127.0.0.1:1") as unreachable:
         result = run(unreachable, *line.split())
     assert result.exit_code == 1
-    reason = r".*the database cannot be reached \(connection failed: .*refused\): start it, or "
+    reason = r".*the database cannot be reached \(connection failed: .*refused\): start it .*, or set "
     if line.startswith("token"):
         reason = "Error: BETTER_AUTH_SECRET is not set: only your issuer can sign tokens\n$"
     assert re.match(reason, result.stdout or result.stderr, re.DOTALL)
@@ -161,7 +161,7 @@ def test_unusable_settings_are_1_and_one_line(shell: Shell) -> None:
     assert re.fullmatch("Error: DATABASE_URL .*\n", ended.stderr)
     ended = shell("taskapi export me", DATABASE_URL="", BETTER_AUTH_SECRET="")
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "No such file or directory): start it, or set DATABASE_URL; the database of a try-out runs" in ended.stderr
+    assert "No such file or directory): start it (for a try-out: `taskapi serve`), or set" in ended.stderr
 
 
 def check(app: Flask) -> dict[str, str]:
@@ -194,7 +194,7 @@ def test_check_reports_what_cannot_be_reached_without_its_passwords() -> None:
         problems = check(app)
     keys, database = problems.pop("keys"), problems.pop("database")
     assert re.fullmatch(r"no key set at http://127\.0\.0\.1:1/keys \(.*refused.*\): correct JWKS_URL or .*", keys)
-    assert re.fullmatch(r"the database cannot be reached \(.*refused\): start it, or set DATABASE_URL; .*", database)
+    assert re.fullmatch(r"the database cannot be reached \(.*refused\): start it .*, or set DATABASE_URL", database)
     assert not re.search(f"hunter2|{SECRET}", keys + database)
     assert problems == dict.fromkeys(("schema", "row-level security", "requests"), NOT_CHECKED)
 

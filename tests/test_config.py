@@ -2,6 +2,7 @@
 
 import secrets
 from re import escape
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_invalid_values_are_refused_by_the_name_of_the_variable(name: str, messa
         with pytest.raises(ConfigError, match=f"^{message}") as caught:
             Settings.from_env({name: value})
         assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["secrets", "issuers", "audiences", "user_claims", "cors_origins"])
+def test_string_instead_of_a_tuple_is_refused(name: str) -> None:
+    values: dict[str, Any] = {name: "https://a.example" * 2}
+    with pytest.raises(ConfigError, match=f"^{name} is a string: pass a tuple"):
+        Settings(**values)
 
 
 def test_an_empty_variable_counts_as_not_set_and_origins_are_separated_by_commas() -> None:

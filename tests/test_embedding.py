@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, LiteralString, cast
 
@@ -376,9 +377,15 @@ def test_token_has_what_the_api_requires() -> None:
     for invalid in (cast(Any, 5), "", "\0"):
         with app.app_context(), pytest.raises(ValueError, match="user id"):
             taskapi.issue_token(invalid)
+    for never in (cast(Any, 900), timedelta(0), timedelta(-1)):
+        with app.app_context(), pytest.raises(ValueError, match=r"^expires "):
+            taskapi.issue_token("ann", expires=never)
 
 
-@pytest.mark.parametrize("use", [lambda app: taskapi.issue_token("ann", app=app), taskapi.openapi.init_app])
+WITHOUT_API = [lambda app: taskapi.issue_token("ann", app=app), taskapi.openapi.init_app, taskapi.docs.init_app]
+
+
+@pytest.mark.parametrize("use", WITHOUT_API)
 def test_app_without_the_api_is_refused(use: Callable[[Flask], object]) -> None:
     with pytest.raises(ConfigError, match="init_app"):
         use(host())
@@ -396,6 +403,7 @@ def test_environment_is_read_without_settings(monkeypatch: pytest.MonkeyPatch, d
 UNUSABLE: list[tuple[dict[str, Any], str]] = [
     *(({"url_prefix": prefix}, "^url_prefix [^ ]* is not a fixed") for prefix in ("/x/<int:n>", "x", "/x?y", "/x#y")),
     ({"pool": AsyncConnectionPool(open=False)}, "^pool is of type AsyncConnectionPool"),
+    ({"settings": UNREACHABLE}, "^settings is of type str"),
     ({"settings": Settings(secrets=(SECRET,))}, "^DATABASE_URL is not set"),
     ({"settings": Settings(database_url=UNREACHABLE)}, "^BETTER_AUTH_SECRET is not set"),
 ]

@@ -112,6 +112,10 @@ def test_front_page_is_true_reveals_nothing_and_loads_nothing(server: Server) ->
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
 def test_tour_on_the_front_page_works_as_pasted(server: Server) -> None:
+    assert "$(taskapi token ann " in ask(server.url, "GET", "/").body.decode()  # as in a folder that is no clone
+    program = server.folder / ".venv" / "bin" / "taskapi"
+    program.parent.mkdir(parents=True)
+    program.touch()
     page = ask(server.url, "GET", "/").body.decode().replace("localhost", server.url.removeprefix("http://"))
     tour = html.unescape("\n".join(re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL)))
     assert ".venv/bin/taskapi" in tour
