@@ -32,9 +32,13 @@ STOP_TIMEOUT = 20  # seconds before an immediate shutdown
 
 
 def load_settings() -> Settings:
-    """The settings of this process: of its environment and of the file `.env`, completed. Raises ConfigError."""
+    """The settings of this process: of its environment and of the file `.env`, completed with those of a try-out that
+    was started before. Raises ConfigError."""
     load_env_file()
-    return fill_settings(Settings.from_env(os.environ), find_folder())
+    settings, folder = Settings.from_env(os.environ), find_folder()
+    if not (settings.database_url or settings.secrets or folder.exists()):  # no server would know a new secret
+        raise ConfigError("DATABASE_URL is not set, and no try-out is here: set it, or start one by `taskapi serve`")
+    return fill_settings(settings, folder)
 
 
 def fill_settings(settings: Settings, folder: Path) -> Settings:

@@ -159,7 +159,11 @@ def test_unusable_settings_are_1_and_one_line(shell: Shell) -> None:
     ended = shell("taskapi check", DATABASE_URL="hunter2")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert re.fullmatch("Error: DATABASE_URL .*\n", ended.stderr)
-    ended = shell("taskapi export me", DATABASE_URL="", BETTER_AUTH_SECRET="")
+    ended = shell("taskapi token me", DATABASE_URL="", BETTER_AUTH_SECRET="")
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert re.fullmatch("Error: DATABASE_URL is not set, and no try-out is here: .*\n", ended.stderr)
+    assert not (shell.folder / ".taskapi").exists()
+    ended = shell("taskapi export me", DATABASE_URL="")
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "No such file or directory): start it (for a try-out: `taskapi serve`), or set" in ended.stderr
 
