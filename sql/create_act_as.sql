@@ -1,5 +1,5 @@
--- Only with Citus. Creates the function that begin_as_user_on_citus.sql calls, and by which a server knows that the tables are
--- distributed.
+-- Only with Citus. Creates the function that begin_as_user_on_citus.sql calls, and which shows a server that the tables
+-- are distributed.
 -- Parameters: none
 CREATE OR REPLACE FUNCTION taskapi.act_as(user_id text) RETURNS void LANGUAGE plpgsql AS $$
 BEGIN

@@ -1,7 +1,8 @@
 -- Creates the tasks of a JSON array in its order. Returns them as a JSON array, the tag and the id of the first, their
--- number, whether the user is new, and whether something of the user has expired. With a key, it records their ids for a
--- repeat, and fails if the key is in use. Runs after upsert_user.sql, and creates nothing if that did not set its nonce.
--- Citus refuses or sends to all nodes an INSERT … SELECT with nextval, or without a table of the user in its FROM.
+-- number, whether the user is new, and whether rows of the user have expired. With a key, it records their ids for a
+-- repeat, and fails if the key is in use. Runs after upsert_user.sql, and creates nothing if that did not set its
+-- nonce. Citus refuses or sends to all nodes an INSERT … SELECT with nextval, or without a table of the user in its
+-- FROM.
 -- Parameters: user_id, tasks, nonce, key, digest
 WITH given AS MATERIALIZED (
     SELECT nextval('taskapi.tasks_id_seq') AS id, n.title, n.description, n.is_completed, n.due_at, n.priority, n.tags,

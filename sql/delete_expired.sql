@@ -1,5 +1,5 @@
--- Deletes what is kept for a time only: repeatable requests for 24 hours, deletions for 30 days. The user's row knows when
--- the next of them expires, and the time of the newest deletion that is gone. Runs after lock_user.sql.
+-- Deletes what is kept for a time only: repeatable requests for 24 hours, deletions for 30 days. The user's row has the
+-- time when the next of them expires, and that of the newest deletion that is no longer kept. Runs after lock_user.sql.
 -- Parameters: user_id
 WITH keys AS (
     DELETE FROM taskapi.idempotency_keys

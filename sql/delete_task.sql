@@ -1,6 +1,6 @@
--- Deletes a task and records the deletion. Returns the task as JSON, as it was, its tag, and whether something of the user
--- has expired.
--- The user's row is locked first, as by every change: two changes could deadlock otherwise. The time is taken after that.
+-- Deletes a task and records the deletion. Returns the task as JSON, as it was, its tag, and whether rows of the user
+-- have expired. The user's row is locked first, as by every change: two changes could deadlock otherwise. The time is
+-- taken after that.
 -- Parameters: user_id, id, if_match, nonce
 WITH found AS (
     SELECT t.id, person.clock, person.expires

@@ -1,7 +1,7 @@
 -- Deletes a page of the user's tasks that pass every filter, oldest first, and records the deletions. Returns them as a
--- JSON array, as they were, their number, whether there are more, the tag of the list afterwards, and whether something of
--- the user has expired; no row where if_match names another state of the list, which is "0" before the first task. A page
--- ends after `limit` tasks or about 2 MiB. Runs after lock_user.sql.
+-- JSON array, as they were, their number, whether there are more, the tag of the list afterwards, and whether rows of
+-- the user have expired; no row where if_match names another state of the list, which is "0" before the first task. A
+-- page ends after `limit` tasks or about 2 MiB. Runs after lock_user.sql.
 -- Parameters: user_id, limit, if_match, nonce; those of the filters
 WITH person AS (
     SELECT u.clock, u.expires, /* include list_tag */ AS tag

@@ -1,6 +1,7 @@
 -- Returns the commands that repair the role of requests, the membership of the login in it, and row-level security, in
--- their order; and whether a command is about the role. No row if nothing is wrong. A dump does not have the role and its
--- members. Every table with a column user_id has rows of users, and the table users. Runs with the rights of the login.
+-- their order; and whether a command is about the role. No row if nothing is wrong. A dump does not have the role and
+-- its members. Every table with a column user_id has rows of users, and the table users. Runs with the rights of the
+-- login.
 -- Parameters: none
 SELECT gap.command, gap.number <= 4
 FROM (

@@ -18,8 +18,8 @@ to_char(t.completed_at::timestamp, 'YYYY-MM-DD"T"HH24:MI:SS.US"Z"') AS completed
 '"' || u.clock::text || '-' || u.nonce::text || '"'
 
 -- name: change
--- The time of a change by a `person` whose row is locked: later than any change before, even if the server's clock is set back;
--- as a number and as a time. And whether something of theirs has expired.
+-- The time of a change by a `person` whose row is locked: later than any change before, even if the server's clock is
+-- set back; as a number and as a time. And whether rows of the user have expired: see delete_expired.sql.
 t.clock, to_timestamp(t.clock / 1000000::float8) AS now, person.expires < t.clock AS has_expired
 
 -- name: next_clock

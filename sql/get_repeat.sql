@@ -1,6 +1,6 @@
--- For a request whose key was used within 24 hours: whether it was for the same request, how many tasks that one created,
--- a page of those that are left as a JSON array, the tag and the id of the first, and the position of the last, if there
--- are more; no row for a new key.
+-- For a request whose key was used within 24 hours: whether it was for the same request, how many tasks that one
+-- created, a page of those that are left as a JSON array, the tag and the id of the first, and the position of the
+-- last, if there are more; no row for a new key.
 -- Parameters: user_id, key, digest
 SELECT k.digest = %(digest)s, cardinality(k.ids), page.*
 FROM taskapi.idempotency_keys AS k

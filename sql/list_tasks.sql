@@ -1,6 +1,7 @@
--- A page of the user's tasks that pass every filter: a JSON array, how many tasks were found, up to limit + 1, the position
--- and the id of the one at `limit`, the list's tag (none before the user's first task), and the number of tasks on all
--- pages, if it is asked for. The array is null if it would have more than about 2 MiB: then see list_large_tasks.sql.
+-- A page of the user's tasks that pass every filter: a JSON array, how many tasks were found, up to limit + 1, the
+-- position and the id of the one at `limit`, the list's tag (none before the user's first task), and the number of
+-- tasks on all pages, if it is asked for. The array is null if it would have more than about 2 MiB: then see
+-- list_large_tasks.sql.
 --
 -- statements.py composes it from the parts in fragments.sql. Conditions use leakproof functions only: under row-level
 -- security no index serves others, such as coalesce.

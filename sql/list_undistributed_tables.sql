@@ -1,5 +1,6 @@
--- Only with Citus. Returns the commands that distribute a table with rows of users over the nodes, for each table that is
--- not distributed; the first is for a table with rows: Citus copies them, which row-level security does not allow its owner.
+-- Only with Citus. Returns the commands that distribute a table with rows of users over the nodes, for each table that
+-- is not distributed; the first is for a table with rows: Citus copies them, which row-level security does not allow
+-- its owner.
 -- Parameters: none
 SELECT format('ALTER TABLE taskapi.%I NO FORCE ROW LEVEL SECURITY', c.relname),
        format(

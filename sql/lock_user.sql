@@ -1,4 +1,4 @@
--- Makes other changes of the user wait until the transaction ends; no row where there is no such user. The statements
+-- Makes other changes of the user wait until the transaction ends; no row if there is no such user. The statements
 -- that follow in the transaction see all changes before.
 -- Parameters: user_id
 SELECT u.id

@@ -1,6 +1,6 @@
--- Changes the members that the JSON object `changes` has and keeps the rest; without changes, toggles the state. Returns
--- the task as JSON, its tag, and whether something of the user has expired.
--- The user's row is locked first, as by every change: two changes could deadlock otherwise. The time is taken after that.
+-- Changes the members that the JSON object `changes` has and keeps the rest; without changes, toggles the state.
+-- Returns the task as JSON, its tag, and whether rows of the user have expired. The user's row is locked first, as by
+-- every change: two changes could deadlock otherwise. The time is taken after that.
 -- Parameters: user_id, id, changes, if_match, nonce
 WITH person AS (
     SELECT u.clock, u.expires

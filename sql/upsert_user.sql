@@ -1,11 +1,11 @@
--- Takes the time for a create of `count` tasks and counts them, unless the user would have more than max_tasks. Creates the
--- user's row with their first task, and takes a new email or name from the token. Other changes of the user wait until the
--- transaction ends.
+-- Takes the time for a create of `count` tasks and counts them, unless the user would have more than max_tasks. Creates
+-- the user's row with their first task, and takes a new email or name from the token. Other changes of the user wait
+-- until the transaction ends.
 -- Parameters: user_id, email, name, count, max_tasks, nonce, key
 INSERT INTO taskapi.users AS u (id, email, name, clock, nonce, task_count, expires)
 VALUES (
-    %(user_id)s, %(email)s::text, %(name)s::text, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint, %(nonce)s::integer,
-    %(count)s::integer,
+    %(user_id)s, %(email)s::text, %(name)s::text, (extract(epoch FROM clock_timestamp()) * 1000000)::bigint,
+    %(nonce)s::integer, %(count)s::integer,
     CASE WHEN %(key)s::text IS NOT NULL
          THEN (extract(epoch FROM clock_timestamp() + interval '24 hours') * 1000000)::bigint ELSE 9223372036854775807 END
 )

@@ -33,10 +33,10 @@ def guard() -> Response | None:
     context.user = user
     # The bytes too: werkzeug decodes invalid UTF-8 as U+FFFD, which an id may contain.
     path = request.environ["PATH_INFO"].encode("latin-1")
-    if (request.view_args or {}).get("user_id") != user.id or f"/{user.id}/".encode() not in path:
+    found = (request.view_args or {}).get("user_id")
+    if found != user.id or f"/{user.id}/".encode() not in path:
         api.limits.count_refusal(request)
         context.reason = "The token's subject does not match the user in the URL."
-        found = (request.view_args or {}).get("user_id")
         return problem(
             403, f"The token is for the user {user.id!r}, the URL for {found!r}. Use your own id in the URL."
         )

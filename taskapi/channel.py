@@ -141,8 +141,8 @@ class Channel(HTTPChannel):
                 self.current_outbuf_count = 0
 
     def abort(self) -> None:
-        """Lets the main loop close the connection. If it was closed here, the loop could take its last event for one of
-        a new connection, which may have the same file descriptor."""
+        """Lets the main loop close the connection. If it was closed here, a new connection could get the same file
+        descriptor, and the loop could apply an old event to it."""
         self.will_close = True
         with contextlib.suppress(OSError):  # the client has closed it
             self.socket.shutdown(socket.SHUT_RDWR)

@@ -14,7 +14,7 @@ import psycopg
 from flask.cli import AppGroup
 from psycopg.rows import TupleRow, tuple_row
 
-from . import checks, keys, logs, migrations, tokens
+from . import keys, logs, migrations, tokens
 from .config import ConfigError, Settings
 from .context import get_api
 from .db import first_line
@@ -23,9 +23,9 @@ from .statements import load_sql
 BATCH = 200  # rows that an export holds in memory: 8 MB if every task has the maximum length
 NOT_CHECKED = "not checked because of the problem above"
 CHECKS: dict[str, Callable[[psycopg.Connection[Any]], object]] = {
-    "schema": checks.check_schema,
-    "row-level security": checks.check_isolation,
-    "requests": checks.check_requests,
+    "schema": migrations.check_schema,
+    "row-level security": migrations.check_isolation,
+    "requests": migrations.check_requests,
 }
 
 

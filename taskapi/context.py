@@ -39,9 +39,9 @@ class RequestContext:
     started: float  # by time.perf_counter()
     user: "User | None" = None  # None before the guard
     token_cached: bool | None = None  # whether the token was verified before; None without a valid token
-    reason: str | None = None  # why the guard or a limit refused the request, for the log and the metrics
-    remedy: str = ""  # what to set, for the log, if the cause can be guessed
-    detail: str | None = None  # what any other 4xx says, for the log
+    reason: str | None = None  # why the guard or a limit refused the request; for the log and the metrics
+    remedy: str = ""  # which setting would accept the token; for the log
+    detail: str | None = None  # the detail of any other 4xx; for the log
     deadline: float | None = None  # by time.monotonic(): when all its statements must have ended; set by the first
     database_seconds: float = 0.0
     user_requests: int = 0  # how many the user had in progress with this one, when it started; see limits.Concurrency

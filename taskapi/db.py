@@ -1,4 +1,4 @@
-"""The database: runs statements as one user, and translates PostgreSQL's errors. It knows no HTTP; see problems.py."""
+"""The database: runs statements as one user, and translates PostgreSQL's errors; problems.py answers them."""
 
 import contextlib
 import logging
@@ -14,9 +14,9 @@ from psycopg import errors
 from psycopg.conninfo import conninfo_to_dict
 from psycopg.rows import TupleRow, tuple_row
 
-from .checks import MIGRATE, NotReady, check_schema, list_node_users
 from .config import ConfigError
-from .pipeline import ConnectionLost, run_batch
+from .migrations import MIGRATE, NotReady, check_schema, list_node_users
+from .pipeline import STATEMENT_TIMEOUT, ConnectionLost, run_batch
 from .pool import CONNECTION, POOL_SIZE, is_dead, make_pool
 from .statements import begin_as_user, build_batch, load_sql
 
@@ -27,9 +27,6 @@ Row = tuple[bytes, ...]  # the columns in PostgreSQL's text format
 POOL_TIMEOUT = 2  # seconds that a request waits for a connection
 TEST_TIMEOUT = 0.5  # seconds to get another connection after one did not answer; otherwise the database is down
 RETRY_INTERVAL = 0.05  # seconds between two attempts to get a connection while the database is down
-# Seconds after which a connection that does not answer is closed. PostgreSQL's own timeouts (begin_as_user.sql) are
-# shorter; this one is for a backend that cannot apply them, or a network that is down.
-STATEMENT_DEADLINE = 4
 UNREACHABLE = "The database cannot be reached now."
 OUTCOME_UNKNOWN = "The connection to the database was lost. The outcome is unknown: check before you retry."
 NOT_READY = "The database is not ready for this version of the server."
@@ -145,18 +142,18 @@ class Database:
         started = time.monotonic()
         try:
             if not self._schema_is_current:
-                self._is_distributed = check_schema(conn, min(started + STATEMENT_DEADLINE, deadline) - started)
+                self._is_distributed = check_schema(conn, min(started + STATEMENT_TIMEOUT, deadline) - started)
                 self._schema_is_current = True
             batch, is_common = build_batch(name, params)
             statements = [*begin_as_user(self._is_distributed), *batch]
             if conn.pgconn.parameter_status(b"client_encoding") != b"UTF8":
                 statements.insert(-1 - len(batch), load_sql("use_utf8"))
-            seconds = min(started + STATEMENT_DEADLINE, deadline) - time.monotonic()
+            seconds = min(started + STATEMENT_TIMEOUT, deadline) - time.monotonic()
             if seconds <= 0:  # nothing is sent: the outcome of a change would be unknown
                 raise psycopg.OperationalError("no time is left for the statement")
             result = run_batch(conn, statements, params, seconds, is_common)
         except ConnectionLost:
-            if time.monotonic() - started >= STATEMENT_DEADLINE:
+            if time.monotonic() - started >= STATEMENT_TIMEOUT:
                 self._test_pool()
             raise
         except errors.ReadOnlySqlTransaction:
@@ -219,7 +216,7 @@ class Database:
         """The reason why reads cannot be served now, or None. Reads as a request does; with Citus, one node is enough.
         The result is kept for 1 s."""
         if (now := time.monotonic()) > self._problem_expires:
-            deadline = now + POOL_TIMEOUT + STATEMENT_DEADLINE
+            deadline = now + POOL_TIMEOUT + STATEMENT_TIMEOUT
             self._problem = self._find_read_problem("", deadline)
             if self._problem and self._is_distributed and self._some_node_answers(deadline):
                 self._problem = None

@@ -26,7 +26,7 @@ BASE_POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-an
 # Swagger UI's style sheet has its images as data: URLs.
 DOCS_POLICY = f"{BASE_POLICY}; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'"
 
-# The form that a Host header must have: the page shows no other one.
+# The valid form of a Host header. The page shows no other text from it.
 _HOST = re.compile(r"(?:[a-z0-9][a-z0-9._-]{0,252}|\[[0-9a-f:.]{2,45}\])(?::[0-9]{1,5})?", re.ASCII | re.IGNORECASE)
 
 
@@ -52,7 +52,7 @@ def init_app(app: Flask) -> None:
 
 
 def add_front_page(app: Flask) -> None:
-    """Adds `/`, which tells what this server is, and shows the first steps."""
+    """Adds the page `/`: what this server is, and the first steps."""
     paths = {rule.rule for rule in app.url_map.iter_rules()}
     links = [path for path in ("/docs", "/openapi.json", "/readyz") if path in paths]
 

@@ -25,7 +25,7 @@ from urllib.parse import quote
 
 from .config import ConfigError, Settings, load_env_file
 
-START_TIMEOUT = 60  # seconds: a crash recovery may take a while
+START_TIMEOUT = 60  # seconds: a recovery after a crash is slow
 SOCKET = ".s.PGSQL.5432"  # the name of PostgreSQL's socket
 MAX_PATH = 107 - len(f"/{SOCKET}")  # bytes of its folder's path
 STOP_TIMEOUT = 20  # seconds before an immediate shutdown
@@ -52,7 +52,7 @@ def fill_settings(settings: Settings, folder: Path) -> Settings:
 
 def find_folder() -> Path:
     """The folder of the try-out: the nearest `.taskapi` from the current folder upwards, as for `.env`, or a new one in
-    the current folder. A folder of another user above it is passed over: that user knows its secret."""
+    the current folder. A folder of another user is not used: that user knows its secret."""
     here = Path.cwd()
     for folder in (parent / ".taskapi" for parent in (here, *here.parents)):
         with contextlib.suppress(OSError):
@@ -80,10 +80,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _open(path: Path, mode: str = "w") -> IO[Any]:
-    """Opens a file that only this user can open: another one could hold its lock for ever."""
+    """Opens a file that only this user can open: another user could keep it locked."""
     folder = path.parent
     try:
-        folder.mkdir(0o711, parents=True, exist_ok=True)  # PostgreSQL may run as another user, who must pass through
+        folder.mkdir(0o711, parents=True, exist_ok=True)  # PostgreSQL may run as another user, who needs to enter
         if os.getuid() not in (0, folder.stat().st_uid):
             raise ConfigError(f"{folder} belongs to another user: use another folder, or set DATABASE_URL")
         path.touch(0o600)
@@ -132,7 +132,7 @@ class Cluster:
                 yield
             finally:
                 with _locked(self.folder), contextlib.suppress(BlockingIOError):
-                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # if that fails, our shared lock is released too
+                    fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)  # if it fails, the shared lock is released too
                     self._stop()
 
     def _start(self) -> None:

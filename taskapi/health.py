@@ -1,4 +1,4 @@
-"""Health checks. They need no token. Their answers do not tell the cause of a problem; the log does."""
+"""Health checks. They need no token. The cause of a problem is in the log, not in the answer."""
 
 import logging
 

@@ -49,7 +49,7 @@ class RequestError(Exception):
 
 
 class DiscardBuffer(BytesIOBasedBuffer):
-    """Keeps nothing of what is appended."""
+    """Discards all data that is appended."""
 
     def append(self, data: bytes) -> None:
         pass
@@ -65,7 +65,7 @@ class StrictChunkedReceiver(ChunkedReceiver):
         self._limit = limit
         self._length = 0
         self._unread = 0  # bytes of the current chunk that have not arrived
-        self._line = b""  # that has not ended
+        self._line = b""  # the beginning of a line that has not ended
         self._expected = _CHUNK_SIZE
         self.line_bytes = 0  # since the end of the last chunk
 

@@ -123,7 +123,7 @@ class KeySetClient(jwt.PyJWKClient):
         return json.loads(raw)
 
 
-# Held while a thread starts. No fork happens meanwhile: the child would have a lock that nothing releases.
+# Held while a thread starts, and during a fork: a fork at that moment would leave the child with a lock in use.
 _lock = threading.Lock()
 os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -135,8 +135,8 @@ class KeySet:
         self._client = KeySetClient(url)
         self._keys: list[PublicKey] = []
         self._fetched = self._ended = -math.inf  # when a fetch last succeeded, and when one last ended
-        self._thread = threading.Thread()  # that fetches; it is not alive yet, and in a forked process
-        self._waiting = 0  # requests that have waited for it
+        self._thread = threading.Thread()  # of the fetch; not alive before the first one, and in a forked process
+        self._waiting = 0  # requests that have waited for this fetch
 
     def age(self) -> float:
         """Seconds since the last successful fetch."""
@@ -144,7 +144,7 @@ class KeySet:
         return time.monotonic() - self._fetched
 
     def current(self) -> list[PublicKey]:
-        """The known keys; another list if they changed. Waits for a fetch if the last one ended too long ago."""
+        """The known keys: a new list after each change. Waits for a fetch if the last one ended too long ago."""
         elapsed = time.monotonic() - self._ended
         if elapsed > REFRESH:
             self._fetch(math.inf if self._keys and elapsed > 2 * REFRESH else 0)
@@ -168,8 +168,8 @@ class KeySet:
         return found
 
     def _fetch(self, max_waiting: float) -> bool:
-        """Starts a fetch, unless one runs or has just ended. Waits for its end, unless `max_waiting` requests have done
-        so. Whether the last fetch succeeded."""
+        """Starts a fetch, unless one runs or has just ended. Waits for its end, unless `max_waiting` requests do so
+        already. Returns whether the last fetch succeeded."""
         with _lock:
             before = self._ended
             if time.monotonic() - before < COOLDOWN:

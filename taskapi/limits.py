@@ -120,7 +120,7 @@ class Limits:
     together. While the store cannot be reached there are no rate limits; that is logged."""
 
     def __init__(self, settings: Settings, max_connections: int) -> None:
-        self._rates = {"person": parse(settings.rate_limit), "refused": parse(settings.rate_limit_refused)}
+        self._rates = {"user": parse(settings.rate_limit), "refused": parse(settings.rate_limit_refused)}
         self._store: Storage | MemoryStore = MemoryStore()
         if settings.rate_limit_storage != "memory://":
             timeouts = {"socket_timeout": STORE_TIMEOUT, "socket_connect_timeout": STORE_TIMEOUT}
@@ -132,11 +132,11 @@ class Limits:
 
     def count_request(self, user_id: str) -> None:
         """Counts a request with a valid token. Ends it with 429 if the user is over the limit."""
-        self._count("person", user_id)
+        self._count("user", user_id)
         context = current_context()
         context.user_requests = self.concurrency.start(user_id)
         if not context.user_requests:
-            context.reason = "Too many requests of one person at a time."
+            context.reason = "Too many concurrent requests of one user."
             abort(problem(429, "Too many of your requests are in progress: send fewer at once.", {"Retry-After": "1"}))
 
     def check_refusals(self, request: Request) -> None:

@@ -35,7 +35,7 @@ INFO = Gauge("taskapi_info", "The version that runs.", ["version"], multiprocess
 
 
 class ProcessState(Collector):
-    """Values that are read at each scrape, from the newest app of this process. The sums do not have them."""
+    """Values that are read at each scrape, from the newest app of this process. `taskapi metrics` lacks them."""
 
     api: TaskAPI | None = None
 

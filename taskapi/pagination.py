@@ -18,7 +18,7 @@ _TIME = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(?:\.\d{1,6})?\+00", re.ASCII
 
 def parse_cursor(cursor: str | None, sort: str = "created_at") -> dict[str, Any]:
     """The position after which the page begins: a value of what the list is sorted by, and an id. 422 for a cursor of
-    another query. One that was edited leads to a page of the same user's tasks at most."""
+    another query. An edited cursor can only lead to another page of the same user's tasks."""
     if cursor is None:
         return {"after": None, "after_id": None}
     try:

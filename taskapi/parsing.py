@@ -14,7 +14,7 @@ from flask import abort, request
 from marshmallow import Schema, ValidationError, fields
 
 from .problems import problem
-from .schemas import LIST, MAX_BODY, MAX_BULK, MAX_TASKS, READ_ONLY, TASK, UNKNOWN
+from .schemas import LIST, MAX_BODY, MAX_BULK, MAX_PAGE, READ_ONLY, TASK, UNKNOWN
 
 MAX_ERRORS = 20  # in one answer, so that a small body cannot cause a large answer
 # What other APIs call a member or a parameter, if that is not similar to its name here.
@@ -34,8 +34,8 @@ def load_tasks() -> tuple[list[dict[str, Any]], bool]:
     with _LARGE_BODY if is_large else contextlib.nullcontext():
         body = _read_json(MAX_BULK)
         is_array = isinstance(body, list)
-        if is_array and len(body) > MAX_TASKS:
-            errors = [("#", f"Must have at most {MAX_TASKS} tasks.")]
+        if is_array and len(body) > MAX_PAGE:
+            errors = [("#", f"Must have at most {MAX_PAGE} tasks.")]
         else:
             loaded, errors = _load(TASK, body, many=is_array)
         del body  # before the next one is parsed

@@ -21,6 +21,9 @@ _prepared: WeakKeyDictionary[psycopg.Connection[Any], set[bytes]] = WeakKeyDicti
 _pooled: WeakSet[psycopg.Connection[Any]] = WeakSet()
 
 BEGIN = b"BEGIN"
+# Seconds after which a connection that does not answer is closed. PostgreSQL's own timeouts (begin_as_user.sql) are
+# shorter; this one is for a backend that cannot apply them, or a network that is down.
+STATEMENT_TIMEOUT = 4
 MAX_PREPARED = 100  # of a connection: each takes some 50 KB of PostgreSQL's memory
 
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 import psycopg
 import psycopg_pool
 
-from .pipeline import run_batch
+from .pipeline import STATEMENT_TIMEOUT, run_batch
 from .statements import load_sql
 
 CONNECTION = {  # defaults for what DATABASE_URL does not set
@@ -19,7 +19,6 @@ CONNECTION = {  # defaults for what DATABASE_URL does not set
     "client_encoding": "utf8",  # JSON is passed through as bytes, and JSON is UTF-8
 }
 POOL_SIZE = 8  # connections at most: one for each thread of the server (server.py)
-CONFIGURE_TIMEOUT = 4  # seconds for a new connection to answer its first statement
 
 
 def make_pool(connection_args: dict[str, Any]) -> psycopg_pool.ConnectionPool:
@@ -60,7 +59,7 @@ def configure_connection(conn: psycopg.Connection[Any]) -> None:
     """Turns prepared statements off behind a connection pooler, which may lose them (PgBouncer before 1.21). Behind a
     pooler, the process id that libpq knows is not the process id of the backend."""
     threshold, conn.prepare_threshold = conn.prepare_threshold, None  # not for this statement either
-    pid = run_batch(conn, [load_sql("backend_pid")], {}, CONFIGURE_TIMEOUT).get_value(0, 0)
+    pid = run_batch(conn, [load_sql("backend_pid")], {}, STATEMENT_TIMEOUT).get_value(0, 0)
     if pid == str(conn.info.backend_pid).encode():
         conn.prepare_threshold = threshold
 

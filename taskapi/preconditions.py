@@ -8,7 +8,7 @@ from flask import Response, abort, request
 
 from .problems import problem
 
-# What a compression adds to a tag: Flask-Compress (:gzip) or Apache (-gzip). The tags here never have it.
+# What compression adds to a tag: `:gzip` (Flask-Compress) or `-gzip` (Apache). No tag of taskapi ends like this.
 _COMPRESSION = re.compile("[:-](br|deflate|gzip|zstd)$")
 
 

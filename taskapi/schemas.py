@@ -12,7 +12,7 @@ from .search import MAX_NON_STARTERS, is_stream_safe, make_patterns
 
 MAX_BODY = 64 * 1024  # bytes of a body at most, except an array of tasks
 MAX_BULK = 1024 * 1024  # bytes of an array of tasks at most
-MAX_TASKS = 1_000  # tasks that are created together, or on one page, at most
+MAX_PAGE = 1_000  # tasks on one page, or created by one request, at most
 MAX_TEXT = 10_000  # characters of a description at most
 MAX_TAGS = 20
 UNKNOWN = "Is unknown here."  # the error for a name that a schema does not have
@@ -64,8 +64,8 @@ def _check_boolean(value: Any) -> bool:
 
 
 def _parse_limit(text: str) -> int:
-    if not (re.fullmatch("[1-9][0-9]{0,3}", text) and int(text) <= MAX_TASKS):
-        raise ValidationError(f"Must be a number from 1 to {MAX_TASKS}.")
+    if not (re.fullmatch("[1-9][0-9]{0,3}", text) and int(text) <= MAX_PAGE):
+        raise ValidationError(f"Must be a number from 1 to {MAX_PAGE}.")
     return int(text)
 
 
@@ -136,7 +136,7 @@ class FilterSchema(_Schema):
 
 
 class PageSchema(_Schema):
-    limit = fields.Integer(load_default=MAX_TASKS, pre_load=_parse_limit)
+    limit = fields.Integer(load_default=MAX_PAGE, pre_load=_parse_limit)
     cursor = fields.String()
 
 

@@ -74,7 +74,7 @@ class Server(TcpWSGIServer):
         while not self.is_stopping:
             self._loop(seconds=1)
         logs.log.info("taskapi is stopping")
-        for _ in range(self.adj.backlog):  # accepts the connections in the queue, but not new ones without end
+        for _ in range(self.adj.backlog):  # accepts the connections in the queue; new ones could come without end
             if not has_input(self.socket):
                 break
             self.handle_accept()

@@ -14,8 +14,9 @@ from werkzeug.routing import BaseConverter
 
 from . import auth, cors, idempotency, logs, methods, pagination, parsing, preconditions, problems, schemas
 from .context import current_context
-from .db import POOL_TIMEOUT, STATEMENT_DEADLINE, DatabaseUnavailable, DuplicateKey, Row, UnexpectedDatabaseError
+from .db import POOL_TIMEOUT, DatabaseUnavailable, DuplicateKey, Row, UnexpectedDatabaseError
 from .logs import log_event
+from .pipeline import STATEMENT_TIMEOUT
 from .search import add_search_texts
 from .tokens import User
 
@@ -48,7 +49,7 @@ class UserId(BaseConverter):
 
 
 class TaskId(BaseConverter):
-    """Any text except `tasks`: /x/tasks/tasks is the list of the user x/tasks. 0 for what is no id."""
+    """Any text except `tasks`: /x/tasks/tasks is the list of the user x/tasks. 0 if the text is not an id."""
 
     regex = "(?!tasks(?:/|$))[^/]+"
 
@@ -101,7 +102,7 @@ def create_task(user_id: str) -> Response:
     for _ in range(3):
         if repeat["key"] and (response := _repeat(repeat, is_array)):
             return response
-        with contextlib.suppress(DuplicateKey):  # a request with this key was faster, or an expired one is not cleared
+        with contextlib.suppress(DuplicateKey):  # another request has just used the key, or it has expired
             is_possible = len(tasks) <= max_tasks
             row = _change("create_tasks", email=user.email, name=user.name, **values, **repeat) if is_possible else None
             break
@@ -121,7 +122,7 @@ def delete_tasks(user_id: str) -> Response:
     filters = parsing.load_query(schemas.FILTER)
     if not request.args:
         parsing.refuse("parameter", [("is_completed", "At least one filter is required, this or any other.")])
-    row = _change("delete_tasks", **filters, limit=schemas.MAX_TASKS, if_match=preconditions.if_match())
+    row = _change("delete_tasks", **filters, limit=schemas.MAX_PAGE, if_match=preconditions.if_match())
     if row is None:
         preconditions.fail()
     body, count, has_more, tag, _ = row
@@ -170,7 +171,7 @@ def _run(statement: str, **params: Any) -> Row | None:
     context, started = current_context(), time.monotonic()
     user_id = cast(User, context.user).id  # the guard has set it
     if context.deadline is None:
-        context.deadline = started + POOL_TIMEOUT + STATEMENT_DEADLINE
+        context.deadline = started + POOL_TIMEOUT + STATEMENT_TIMEOUT
     try:
         return context.api.database.run(statement, {"user_id": user_id, **params}, context.deadline)
     finally:
@@ -181,7 +182,7 @@ def _change(statement: str, **params: Any) -> Row | None:
     """As `_run`, for a change. If the last column says that rows of the user have expired, deletes those too."""
     row = _run(statement, nonce=random.getrandbits(31), **params)
     if row and row[-1] == b"t":
-        current_context().deadline = time.monotonic() + STATEMENT_DEADLINE
+        current_context().deadline = time.monotonic() + STATEMENT_TIMEOUT
         with contextlib.suppress(DatabaseUnavailable, UnexpectedDatabaseError):  # the next change tries again
             _run("delete_expired")
     return row
@@ -199,7 +200,7 @@ def _change_task(statement: str, **params: Any) -> Response:
 
 
 def _repeat(repeat: dict[str, Any], is_array: bool) -> Response | None:
-    """The answer to a request whose key was used before: the tasks that were created then, as they are now."""
+    """The answer to a repeated request: the tasks that the first one created, as they are now. None for a new key."""
     row = _run("get_repeat", **repeat)
     if row is None:
         return None
@@ -228,8 +229,8 @@ def _answer(body: bytes, tag: bytes | None = None, status: int = 200) -> Respons
 
 def _add_sync_time(response: Response, tag: bytes) -> Response:
     """Adds the time in the tag of a list, which starts with its microseconds since 1970."""
-    time = EPOCH + timedelta(microseconds=int(tag.strip(b'"').partition(b"-")[0]))
-    response.headers["Sync-Time"] = time.isoformat(timespec="microseconds") + "Z"
+    moment = EPOCH + timedelta(microseconds=int(tag.strip(b'"').partition(b"-")[0]))
+    response.headers["Sync-Time"] = moment.isoformat(timespec="microseconds") + "Z"
     return response
 
 

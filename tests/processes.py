@@ -20,9 +20,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-TIMEOUT = 30
-"""Seconds that a test waits for anything."""
-
+TIMEOUT = 30  # seconds that a test waits for anything
 CHECKOUT = Path(__file__).parents[1]
 
 PYTHON = (sys.executable, "-W", "error", "-W", "ignore::ResourceWarning")
@@ -128,6 +126,16 @@ def freeze(*pids: int) -> None:
             os.kill(pid, signal.SIGSTOP)
     for pid in pids:
         wait_until(lambda: _states(pid) <= {"T", "Z"}, "all threads have stopped")  # noqa: B023 (called at once)
+
+
+def count_descriptors(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def status_of(pid: int) -> dict[str, int]:
+    """The numbers in /proc/PID/status, such as Threads, and VmRSS in kB."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+)", text, re.MULTILINE)}
 
 
 def _states(pid: int) -> set[str]:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import json
 import os
-import re
 import secrets
 import statistics
 import sys
@@ -28,7 +27,7 @@ import psycopg
 from taskapi.db import OUTCOME_UNKNOWN
 from tests.clusters import Postgres
 from tests.people import SECRET, mint
-from tests.processes import Process, Server, Wire, copied, request, wait_until
+from tests.processes import Process, Server, Wire, copied, count_descriptors, request, status_of, wait_until
 from tests.servers import SERVERS, serving_with
 
 RECOVERY = 2  # seconds after the database's return in which a request may still fail
@@ -189,10 +188,10 @@ def processes_of(server: Process) -> list[int]:
 def measure(server: Process, cluster: Postgres) -> Usage:
     memory = threads = descriptors = connections = 0
     for pid in processes_of(server):
-        status = dict(re.findall(r"^(\w+):\s+(\d+)", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE))
-        memory += int(status["VmRSS"])
-        threads += int(status["Threads"])
-        descriptors += len(os.listdir(f"/proc/{pid}/fd"))
+        status = status_of(pid)
+        memory += status["VmRSS"]
+        threads += status["Threads"]
+        descriptors += count_descriptors(pid)
     with contextlib.suppress(psycopg.OperationalError):  # it is being restarted
         connections = len(cluster.backends())
     return Usage(memory // 1024, descriptors, threads, connections)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from taskapi.schemas import MAX_BODY, MAX_BULK, MAX_TASKS
+from taskapi.schemas import MAX_BODY, MAX_BULK, MAX_PAGE
 from tests.people import Answer, Person, assert_problem
 
 JSON = "application/json"
@@ -118,7 +118,7 @@ def test_put_needs_an_object_with_a_change(alice: Person) -> None:
 
 
 def test_a_new_task_needs_a_title_and_an_answer_lists_at_most_20_errors(alice: Person) -> None:
-    for body, count in (({}, 1), ({f"x{n}": 1 for n in range(900)}, 20), ([{"x": 1}] * MAX_TASKS, 20)):
+    for body, count in (({}, 1), ({f"x{n}": 1 for n in range(900)}, 20), ([{"x": 1}] * MAX_PAGE, 20)):
         problem = assert_problem(alice.request("POST", json=body), 422)
         assert len(problem["errors"]) == count
         assert problem["errors"][0]["detail"] == "Missing data for required field."

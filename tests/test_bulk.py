@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from flask import Flask
 
-from taskapi.schemas import MAX_TASKS
+from taskapi.schemas import MAX_PAGE
 from tests.people import Answer, Person, assert_problem, new_person, running_app
 
 
@@ -16,9 +16,9 @@ def delete(person: Person, query: str, **headers: str) -> Answer:
     return person.request("DELETE", query_string=query, headers={n.replace("_", "-"): v for n, v in headers.items()})
 
 
-@pytest.mark.parametrize("count", [0, 1, MAX_TASKS])
+@pytest.mark.parametrize("count", [0, 1, MAX_PAGE])
 def test_an_array_may_have_0_to_1000_tasks(alice: Person, count: int) -> None:
-    response = alice.request("POST", json=[{"title": "t"}] * (MAX_TASKS + 1))
+    response = alice.request("POST", json=[{"title": "t"}] * (MAX_PAGE + 1))
     assert_problem(response, 422, errors=[{"pointer": "#", "detail": "Must have at most 1000 tasks."}])
     response = alice.request("POST", json=[{"title": "t"}] * count)
     assert len(response.json) == count
@@ -57,7 +57,7 @@ def test_a_delete_without_a_valid_filter_is_422(alice: Person) -> None:
 
 
 def test_a_delete_ends_after_a_page_and_links_to_the_next(alice: Person, bob: Person) -> None:
-    """A page has 1,000 tasks, or about 2 MiB. The oldest go first, and nothing goes that is not answered."""
+    """A page has 1,000 tasks, or about 2 MiB. The oldest are deleted first, and only tasks that are answered."""
     kept, theirs = alice.create(is_completed=True), bob.create()
     ids = [task["id"] for _ in range(2) for task in alice.request("POST", json=[{"title": "t"}] * 600).json]
     ids += [alice.create(description="\x01" * 10_000)["id"] for _ in range(40)]  # 60 KB of JSON each

@@ -13,10 +13,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 from taskapi import migrations
-from taskapi.checks import load_migrations
 from taskapi.context import get_api
 from taskapi.db import OUTCOME_UNKNOWN, UNAVAILABLE_DETAILS, UNREACHABLE
-from taskapi.migrations import migrate
+from taskapi.migrations import load_migrations, migrate
 from taskapi.pipeline import to_positional
 from taskapi.statements import BEFORE, begin_as_user, build_batch, load_sql
 from tests import citus

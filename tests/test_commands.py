@@ -15,9 +15,8 @@ import pytest
 from click.testing import Result
 from flask import Flask
 
-from taskapi.checks import MIGRATE, load_migrations
 from taskapi.commands import NOT_CHECKED, group
-from taskapi.migrations import IN_USE
+from taskapi.migrations import IN_USE, MIGRATE, load_migrations
 from taskapi.statements import load_sql
 from tests import citus
 from tests.clusters import Database
@@ -27,8 +26,7 @@ from tests.plans import ON_ROWS, REQUESTS, USER_COLUMNS
 from tests.processes import PYTHON, TIMEOUT, environment, on_this_python, readme, shared_copy, wait_until
 
 COMMANDS = ["check", "delete-user", "export", "metrics", "migrate", "token"]
-MANY = 30_000
-"""Tasks of the user `big`: 7 MB as JSON."""
+MANY = 30_000  # tasks of the user `big`: 7 MB as JSON
 folder = shared_copy()
 
 

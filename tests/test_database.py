@@ -15,10 +15,9 @@ from psycopg.conninfo import make_conninfo
 from psycopg.rows import dict_row
 
 from taskapi import migrations
-from taskapi.checks import load_migrations
 from taskapi.context import get_api
 from taskapi.db import Database
-from taskapi.migrations import migrate
+from taskapi.migrations import load_migrations, migrate
 from taskapi.schemas import FILTER, SORTS
 from taskapi.statements import load_fragments, load_sql
 from tests import plans

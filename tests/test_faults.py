@@ -1,4 +1,4 @@
-"""Database faults under a running server: what clients are told, how soon, and that nothing is lost or done twice."""
+"""Database faults under a running server: the answers, how soon they come, and that nothing is lost or done twice."""
 
 import gc
 import itertools
@@ -27,8 +27,9 @@ from psycopg import sql
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
 import taskapi
-from taskapi.db import OUTCOME_UNKNOWN, POOL_TIMEOUT, STATEMENT_DEADLINE, UNREACHABLE
+from taskapi.db import OUTCOME_UNKNOWN, POOL_TIMEOUT, UNREACHABLE
 from taskapi.db import UNAVAILABLE_DETAILS as DETAILS
+from taskapi.pipeline import STATEMENT_TIMEOUT
 from taskapi.pool import Connection
 from tests.clusters import Postgres
 from tests.people import SECRET, Person, mint, running_app
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
 
 POOL = 8  # connections of a server to PostgreSQL, and requests that it serves at a time
 SLACK = 1  # seconds that a busy machine may add to any bound
-BOUND = POOL_TIMEOUT + STATEMENT_DEADLINE + SLACK  # seconds that any request may take, whatever happens
+BOUND = POOL_TIMEOUT + STATEMENT_TIMEOUT + SLACK  # seconds that any request may take, whatever happens
 RECOVERY = 2 + SLACK  # seconds after the end of a fault when every request succeeds again
 PASSWORD, PRIVATE = "the database password", "the text of a task"
 
@@ -74,8 +75,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 
 Serve = Callable[..., AbstractContextManager[Server]]
-HASTY = {"POOL_TIMEOUT": 0.3, "STATEMENT_DEADLINE": 2}
-"""Shorter bounds, of the server with that name."""
+HASTY = {"POOL_TIMEOUT": 0.3, "STATEMENT_TIMEOUT": 2}  # shorter bounds, of the server with that name
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +94,12 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
         yield start
 
 
-Process = tuple[Server, tuple[int, int]]
-"""A server, and how many threads and files it has when it is idle."""
+Process = tuple[Server, tuple[int, int]]  # a server, and how many threads and files it has when it is idle
 
 
 @pytest.fixture(scope="module", params=["waitress"])
 def process(request: pytest.FixtureRequest, postgres: Postgres, serve: Serve) -> Iterator[Process]:
-    """One server at a time: with two, PostgreSQL's backends could not be told apart."""
+    """One server at a time: with two, PostgreSQL's backends could not be distinguished."""
     with serve(postgres.login, request.param) as server:
         wait_until(lambda: is_whole(server), "the pool has grown")
         assert server.ask("GET", "/readyz").status == 200
@@ -156,9 +155,7 @@ def assert_unavailable(answer: Answer, detail: str | None) -> None:
     assert answer.headers["retry-after"] == "1"
 
 
-UNCHANGED = [("old", False, False)]
-"""Title, state, and whether it was ever changed, of each task of the user."""
-
+UNCHANGED = [("old", False, False)]  # title, state, and whether it was ever changed, of each task of the user
 REQUESTS: dict[str, tuple[str, str, Any, list[tuple[str, bool, bool]]]] = {
     "get": ("GET", "/{}", None, UNCHANGED),
     "list": ("GET", "", None, UNCHANGED),
@@ -238,7 +235,7 @@ SLOW: LiteralString = "CREATE POLICY slow ON taskapi.tasks AS RESTRICTIVE USING 
 FAULTS = {
     "down": Fault(Postgres.stopped, UNREACHABLE, UNREACHABLE, POOL_TIMEOUT, "couldn.t get a conn", is_ready=False),
     "frozen": Fault(
-        Postgres.frozen, UNREACHABLE, OUTCOME_UNKNOWN, HASTY["STATEMENT_DEADLINE"], "did not answer in time",
+        Postgres.frozen, UNREACHABLE, OUTCOME_UNKNOWN, HASTY["STATEMENT_TIMEOUT"], "did not answer in time",
         is_ready=False, may_happen=True,
     ),
     "read-only": Fault(
@@ -383,7 +380,7 @@ def test_frozen_backend_costs_one_read_and_delays_no_other_request(server: Serve
         answers = list(threads.map(Subject.send_timed, subjects))
     [(answer, took)] = [(answer, took) for answer, took in answers if answer.status != 200]
     assert_unavailable(answer, UNREACHABLE)
-    assert HASTY["STATEMENT_DEADLINE"] <= took < HASTY["STATEMENT_DEADLINE"] + SLACK
+    assert HASTY["STATEMENT_TIMEOUT"] <= took < HASTY["STATEMENT_TIMEOUT"] + SLACK
     assert all(took < SLACK for answer, took in answers if answer.status == 200)
 
 
@@ -394,7 +391,7 @@ def test_request_of_several_statements_has_the_same_deadline(server: Server, pos
     with locked(postgres), Wire(server.url) as wire, within(sum(HASTY.values()) + SLACK):
         with postgres.frozen():
             wire.send(sent)
-            time.sleep(HASTY["STATEMENT_DEADLINE"] - 0.5)
+            time.sleep(HASTY["STATEMENT_TIMEOUT"] - 0.5)
         postgres.wait_for_backends("relation")
         with postgres.frozen():
             assert_unavailable(wire.answer(), UNREACHABLE)
@@ -497,7 +494,7 @@ def failover_url(*servers: Postgres) -> str:
 
 
 def test_failover_under_traffic_loses_nothing(server: Server, postgres: Postgres, serve: Serve, tmp_path: Path) -> None:
-    """What the clients were told is true."""
+    """What the clients were answered is true."""
     stop = threading.Event()
     with (
         postgres.standby(tmp_path / "standby") as standby,

@@ -81,7 +81,7 @@ def test_rate_limits_are_logged(database_url: str, events: Events) -> None:
         ann.token = mint("ann", exp=...)  # not in the cache of verified tokens
         assert ask(ann) == 429
     first, _, second = events()
-    assert first == refusal(429, "The person limit is used up.", user="ann")
+    assert first == refusal(429, "The user limit is used up.", user="ann")
     assert second == refusal(429, "The refused limit is used up.")
 
 

@@ -238,7 +238,7 @@ class Machine(RuleBasedStateMachine):
 def test_the_api_and_a_plain_model_never_differ(
     app: Flask, conn: psycopg.Connection, monkeypatch: pytest.MonkeyPatch, examples: int
 ) -> None:
-    monkeypatch.setattr(schemas, "MAX_TASKS", PAGE)
+    monkeypatch.setattr(schemas, "MAX_PAGE", PAGE)
     machine = type("MachineOnThisApp", (Machine,), {"app": app, "conn": conn})
     options = settings(max_examples=examples, stateful_step_count=30, deadline=None, suppress_health_check=CHECKS)
     run(machine, settings=options)

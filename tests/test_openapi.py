@@ -160,9 +160,9 @@ def test_limits_are_those_of_the_schemas(document: Document) -> None:
         tags = found[name]["properties"].get("tags", {"maxItems": schemas.MAX_TAGS})
         assert tags["maxItems"] == schemas.MAX_TAGS
     for name in ("Tasks", "NewTasks"):
-        assert found[name]["maxItems"] == schemas.MAX_TASKS
+        assert found[name]["maxItems"] == schemas.MAX_PAGE
     limit = document["components"]["parameters"]["limit"]["schema"]
-    assert limit == {"type": "integer", "default": schemas.MAX_TASKS, "minimum": 1, "maximum": schemas.MAX_TASKS}
+    assert limit == {"type": "integer", "default": schemas.MAX_PAGE, "minimum": 1, "maximum": schemas.MAX_PAGE}
 
 
 def assert_has(document: Document, found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -285,7 +285,7 @@ def test_documented_statuses_are_those_that_are_answered(
 
 
 def test_delete_of_more_than_a_page_is_documented(document: Document, operations: Operations, alice: Person) -> None:
-    for count in (schemas.MAX_TASKS, 1):
+    for count in (schemas.MAX_PAGE, 1):
         alice.request("POST", json=[{"title": "t"}] * count)
     answer = alice.request("DELETE", query_string="is_completed=false")
     assert_documented(document, operations["delete_tasks"][2], answer)

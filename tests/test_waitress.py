@@ -21,9 +21,9 @@ from psycopg.conninfo import make_conninfo
 
 from taskapi.schemas import MAX_BULK
 from tests import hostile, processes
-from tests.hostile import count_descriptors, memory, usage
+from tests.hostile import memory, usage
 from tests.people import mint
-from tests.processes import Server, Wire, request, serving, shared_copy, started, wait_until
+from tests.processes import Server, Wire, count_descriptors, request, serving, shared_copy, started, wait_until
 from tests.servers import NO_TEMPFILE, connected, create_long_list, listens, python_after, raise_timeouts, tasks_locked
 
 pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
@@ -237,7 +237,7 @@ def test_one_answer_at_a_time_is_kept_for_a_slow_reader(start: Start, long: byte
 
 
 def test_memory_for_requests_is_bounded(start: Start) -> None:
-    """The oldest unfinished one is refused, and nobody whose request is small."""
+    """The oldest unfinished one is refused, and no small one."""
     body = request("POST", TASKS, token="a.b.c", body=b"x" * MAX_BULK)[:-200_000]
     limits = "server.MAX_REQUESTS_MEMORY = 3_000_000; server.MEMORY_CHECK = 8_192"
     with start(limits) as server, connected(server, 7) as wires:

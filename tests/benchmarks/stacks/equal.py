@@ -53,7 +53,7 @@ async def check_user(
             tokens[credentials.credentials] = found
     if found[0] != user_id:
         raise HTTPException(403, "The token's subject does not match the user in the URL.")
-    if not await limiter.hit(RATE, "person", user_id):
+    if not await limiter.hit(RATE, "user", user_id):
         raise HTTPException(429, "Too many requests.")
     request.state.user = user_id
     return user_id
