@@ -195,6 +195,7 @@ def test_an_answer_of_the_host_keeps_its_status(host: Flask) -> None:
         assert_readable(response)
 
 
+@pytest.mark.slow
 @needs_chromium
 def test_a_browser_lets_a_configured_origin_in_and_no_other(variables: dict[str, str], tmp_path: Path) -> None:
     user, found = f"browser-{secrets.token_hex(6)}", []

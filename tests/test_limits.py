@@ -356,6 +356,7 @@ def test_use_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [concurrency.start("ann") for _ in range(3)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 @needs_postgresql  # with Citus a create takes longer
 def test_changes_that_wait_for_each_other_are_not_slow(app: Flask, alice: Person) -> None:
     """So four parallel creates are never refused. Each takes 0.1 s at the database, or longer on a busy machine."""
