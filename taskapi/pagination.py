@@ -22,6 +22,8 @@ def parse_cursor(cursor: str | None, sort: str = "created_at") -> dict[str, Any]
     if cursor is None:
         return {"after": None, "after_id": None}
     try:
+        if not re.fullmatch(r"[\w-]+", cursor, re.ASCII):  # b64decode ignores other characters
+            raise ValueError
         digest, after, after_id = json.loads(base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)))
         is_id = type(after_id) is int and 0 < after_id < 2**63
         if digest != _query_digest() or not is_id or not isinstance(after, str) or not _is_position(after, sort):
