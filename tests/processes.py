@@ -5,6 +5,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -65,7 +66,7 @@ def readme(section: str = "", language: str = "") -> str:
 
 def on_this_python(lines: str) -> str:
     """Shell lines with the Python of these tests for the command `taskapi`."""
-    return re.sub(r"\btaskapi (?=[a-z])", " ".join([*PYTHON, "-m", r"\g<0>"]), lines)
+    return re.sub(r"\btaskapi (?=[a-z])", lambda _: f"{shlex.join(PYTHON)} -m taskapi ", lines)
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -247,7 +248,7 @@ def run(command: Sequence[str], folder: Path, env: Mapping[str, str]) -> str:
 
 def run_lines(lines: str, folder: Path, env: Mapping[str, str]) -> str:
     """Runs lines of bash of which each must succeed, with this Python instead of one in .venv."""
-    lines = re.sub(r"\.venv/bin/(?=taskapi|flask)", f"{sys.executable} -m ", lines)
+    lines = re.sub(r"\.venv/bin/(?=taskapi|flask)", lambda _: f"{shlex.quote(sys.executable)} -m ", lines)
     return run(["bash", "-euo", "pipefail", "-c", lines], folder, env)
 
 
