@@ -227,7 +227,7 @@ def test_data_moves_to_a_server_as_the_readme_says(folder: Path, new_database: C
     lines = processes.readme("Move a try-out to a server", "sh")
     url, site = new_database(), sysconfig.get_path("purelib")
     lines = lines.replace("postgresql://postgres@db.example.com/tasks", shlex.quote(url))
-    lines = lines.replace(".venv/lib/python3*/site-packages", site)
+    lines = lines.replace(".venv/lib/python3*/site-packages", shlex.quote(site))
     with serving(folder) as server:
         assert server.ask("POST", TASKS, [{"title": "Buy milk"}] * 2).status == 201
         tasks = server.ask("GET", TASKS).json
