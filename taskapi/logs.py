@@ -63,7 +63,8 @@ def configure(stream: TextIO = sys.stderr) -> None:
     """Sets up the logging of this process: readable lines if `stream` is a terminal, else JSON."""
     global _descriptor
     if not stream.isatty() and not logging.root.handlers:
-        _descriptor = stream.fileno()
+        with contextlib.suppress(OSError):  # under some servers, such as mod_wsgi, it is not a file
+            _descriptor = stream.fileno()
     handler = logging.StreamHandler(stream)
     readable = ReadableFormatter("%(asctime)s %(levelname)s %(message)s", "%H:%M:%S")
     handler.setFormatter(readable if stream.isatty() else JSONFormatter())

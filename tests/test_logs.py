@@ -5,6 +5,7 @@ import re
 import secrets
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -185,3 +186,12 @@ def test_requests_are_answered_while_the_log_cannot_be_written(monkeypatch: pyte
     with running_app() as app, Path("/dev/full").open("wb") as full:
         monkeypatch.setattr(logs, "_descriptor", full.fileno())
         assert app.test_client().get("/livez").status_code == 200
+
+
+def test_log_may_be_a_stream_that_is_not_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.root, "handlers", [])
+    level, stream = logs.log.level, StringIO()
+    logs.configure(stream)
+    logs.log.info("started")
+    logs.log.setLevel(level)
+    assert '"message": "started"' in stream.getvalue()
