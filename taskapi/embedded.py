@@ -202,7 +202,7 @@ class Cluster:
             return sock.connect_ex(f"{self._socket_folder}/{SOCKET}") == 0
 
     def _owner(self) -> pwd.struct_passwd:
-        """The user that runs PostgreSQL. For root, which it refuses, the owner of the data or an account of the system."""
+        """The user that runs PostgreSQL. It refuses root: then the owner of the data, or an account of the system."""
         try:
             if os.getuid() != 0:
                 return pwd.getpwuid(os.getuid())
