@@ -30,7 +30,7 @@ class Task(WSGITask):
         head = self.build_response_header()
         self.wrote_header = True
         self.content_bytes_written = len(data)
-        self.channel.write_soon(head + data)
+        self.channel.write_answer(head, data)
 
     def build_response_header(self) -> bytes:
         """The head, with the app's headers unchanged. waitress's method would sort and rename the headers, and would
@@ -107,6 +107,18 @@ class Channel(HTTPChannel):
                 self.requests[1:] = [refused]
                 if len(self.requests) == 1:
                     self.server.add_task(self)
+
+    def write_answer(self, head: bytes, body: bytes) -> None:
+        """Sends a whole answer, and buffers what the kernel does not take. If waitress buffered all of it first, a list
+        of 300 KB would take a third more processor time."""
+        sent = 0
+        with self.outbuf_lock:
+            if not self.total_outbufs_len:
+                with contextlib.suppress(OSError):  # write_soon gets the same error, and handles it
+                    sent = self.socket.sendmsg((head, body))
+                    self.last_activity = time.time()
+        if sent < len(head) + len(body):
+            self.write_soon((head + body)[sent:])
 
     def write_soon(self, data: bytes) -> None:
         if not self.total_outbufs_len:

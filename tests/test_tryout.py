@@ -68,6 +68,9 @@ def test_start_prints_the_data_folder_and_a_curl_line_that_works(warm: Path) -> 
             (line,) = [line for line in server.stdout.splitlines() if line.startswith("curl ")]
             pasted = subprocess.run(["sh", "-c", line], capture_output=True, timeout=30, check=True)
             assert pasted.stdout == listed.body
+        if sys.platform == "linux":  # see tune_process
+            assert os.sched_getscheduler(server.popen.pid) == os.SCHED_BATCH
+            assert os.sched_getscheduler(postmaster(warm)) == os.SCHED_OTHER
         assert server.complaints == []
 
 
