@@ -1,14 +1,12 @@
 """A real browser, controlled over the Chrome DevTools Protocol."""
 
 import contextlib
-import functools
 import itertools
 import json
 import shutil
+import sys
 from collections.abc import Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -100,17 +98,9 @@ def browsing(folder: Path) -> Iterator[Tab]:
             yield Tab(connection)
 
 
-class _Pages(SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @contextlib.contextmanager
 def serving_pages(folder: Path) -> Iterator[int]:
     """Serves the files of a folder. Yields the port."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(_Pages, directory=folder)) as pages:
-        Thread(target=pages.serve_forever, args=[0.01]).start()
-        try:
-            yield pages.server_port
-        finally:
-            pages.shutdown()
+    command = [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"]
+    with started(command, folder, environment()) as process:
+        yield int(process.wait_for(r"^Serving HTTP on \S+ port (\d+)"))

@@ -39,25 +39,17 @@ def run_on_nodes(command: str) -> None:
 def create_database(name: str) -> str:
     """An empty database on the same nodes. One at a time: Citus would fail to add a node."""
     assert URL
-    with psycopg.connect(URL, autocommit=True) as conn:
-        conn.execute("SELECT pg_advisory_lock(1)")
-        return _create_database(URL, name)
-
-
-def _create_database(server: str, name: str) -> str:
-    run_on_nodes(f"CREATE DATABASE {name}")
-    for url in node_urls(server):
-        with psycopg.connect(make_conninfo(url, dbname=name), autocommit=True) as conn:
-            conn.execute("CREATE EXTENSION citus")
-    with psycopg.connect(server) as conn:
-        (coordinator, *workers) = conn.execute(NODES).fetchall()
-    host, port, has_shards = coordinator
-    url = make_conninfo(server, dbname=name)
-    with psycopg.connect(url, autocommit=True) as conn:
-        conn.execute("SELECT citus_set_coordinator_host(%s, %s::integer)", [host, port])
-        conn.execute(
-            "SELECT citus_set_node_property(%s, %s::integer, 'shouldhaveshards', %s)", [host, port, has_shards]
-        )
-        for host, port, _ in workers:
-            conn.execute("SELECT citus_add_node(%s, %s::integer)", [host, port])
+    url = make_conninfo(URL, dbname=name)
+    with psycopg.connect(URL, autocommit=True) as server:
+        server.execute("SELECT pg_advisory_lock(1)")
+        run_on_nodes(f"CREATE DATABASE {name}")
+        for node in node_urls(URL):
+            with psycopg.connect(node, dbname=name, autocommit=True) as conn:
+                conn.execute("CREATE EXTENSION citus")
+        (coordinator, *workers) = server.execute(NODES).fetchall()
+        with psycopg.connect(url, autocommit=True) as conn:
+            conn.execute("SELECT citus_set_coordinator_host(%s, %s::integer)", coordinator[:2])
+            conn.execute("SELECT citus_set_node_property(%s, %s::integer, 'shouldhaveshards', %s)", coordinator)
+            for host, port, _ in workers:
+                conn.execute("SELECT citus_add_node(%s, %s::integer)", [host, port])
     return url

@@ -4,8 +4,8 @@ import contextlib
 import importlib.util
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, LiteralString, Self
 
@@ -30,16 +30,11 @@ min_wal_size = '32MB'
 """
 
 
+@dataclass(frozen=True)
 class Database:
     """A database with taskapi's schema, which a superuser may damage."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    @property
-    def url(self) -> str:
-        """The URL of a superuser."""
-        return self._url
+    url: str  # of a superuser
 
     @property
     def login(self) -> str:
@@ -62,14 +57,12 @@ class Database:
 
     def wait_for_backends(self, wait_event: str, count: int = 1) -> list[int]:
         """Waits until at least `count` backends wait for that event."""
-        found: list[int] = []
 
-        def enough() -> bool:
-            found[:] = self.backends(wait_event)
-            return len(found) >= count
+        def enough() -> list[int]:
+            found = self.backends(wait_event)
+            return found if len(found) >= count else []
 
-        wait_until(enough, f"{count} backends wait for {wait_event}")
-        return found
+        return [*wait_until(enough, f"{count} backends wait for {wait_event}")]
 
     def terminate(self, *pids: int) -> None:
         """Ends these backends (by default all that serve taskapi) and waits until they have exited."""
@@ -100,30 +93,21 @@ class Postgres(Cluster, Database):
     def __exit__(self, *_: object) -> None:
         if self._process:
             kill_all(self.processes)
-            self._wait_for_exit()
+            self.crash()
 
     @property
     def processes(self) -> set[int]:
         return processes_in(self._data)
 
-    @property
-    def _postmaster(self) -> subprocess.Popen[bytes]:
-        assert self._process
-        return self._process
-
-    def start(self) -> None:
-        """Returns when it accepts connections."""
-        self._start()
+    start = Cluster._start  # returns when it accepts connections
 
     def stop(self) -> None:
         """A fast shutdown, as in an upgrade of its package: sessions end, commits are kept."""
-        self._postmaster.send_signal(signal.SIGINT)
-        self._wait_for_exit()
+        self._end(signal.SIGINT)
 
     def crash(self) -> None:
         """kill -9 of the postmaster; its backends notice and exit."""
-        self._postmaster.kill()
-        self._wait_for_exit()
+        self._end(signal.SIGKILL)
 
     def crash_backend(self) -> None:
         """kill -9 of one backend; PostgreSQL ends all others and starts again."""
@@ -131,8 +115,10 @@ class Postgres(Cluster, Database):
         os.kill(backends[0], signal.SIGKILL)
         wait_until(lambda: not self.processes.intersection(backends), "all backends have exited")
 
-    def _wait_for_exit(self) -> None:
-        self._postmaster.wait(TIMEOUT)
+    def _end(self, number: int) -> None:
+        assert self._process
+        self._process.send_signal(number)
+        self._process.wait(TIMEOUT)
         self._process = None
         wait_until(lambda: not self.processes, "no process of PostgreSQL is left")
 
@@ -147,36 +133,30 @@ class Postgres(Cluster, Database):
 
     @contextlib.contextmanager
     def frozen(self, *pids: int) -> Iterator[None]:
-        """Stops these processes (by default all) with SIGSTOP for the length of a with block: they neither work nor
-        exit."""
-        if not pids:
-            freeze(self._postmaster.pid)  # first, so that it starts no more processes
+        """Stops these processes, by default all, for the length of a with block: they neither work nor exit."""
+        if not pids and self._process:
+            freeze(self._process.pid)  # first, so that it starts no more processes
         chosen = set(pids) or self.processes
         try:
             freeze(*chosen)
             yield
         finally:
-            for pid in chosen:
-                with contextlib.suppress(ProcessLookupError):  # it has exited
-                    os.kill(pid, signal.SIGCONT)
+            kill_all(chosen, signal.SIGCONT)
 
     @contextlib.contextmanager
     def setting(self, name: str, value: str) -> Iterator[None]:
         """Changes a setting of the server for the length of a with block."""
-        before = self._set("SET {} = {}", name, value)
+        [(before,)] = self.run("SELECT current_setting(%s)", name)
+        self._set(name, value)
         try:
             yield
         finally:
-            self._set("RESET {}", name, before)
+            self._set(name, before)
 
-    def _set(self, change: LiteralString, name: str, value: str) -> str:
-        """Changes a setting, waits until it has that value, and returns the one before."""
-        shown: LiteralString = "SELECT current_setting(%s)"
-        [(before,)] = self.run(shown, name)
-        self.run(sql.SQL("ALTER SYSTEM " + change).format(sql.Identifier(name), sql.Literal(value)))
+    def _set(self, name: str, value: str) -> None:
+        self.run(sql.SQL("ALTER SYSTEM SET {} = {}").format(sql.Identifier(name), sql.Literal(value)))
         self.run("SELECT pg_reload_conf()")
-        wait_until(lambda: self.run(shown, name) == [(value,)], f"{name} is {value}")
-        return str(before)
+        wait_until(lambda: self.run("SELECT current_setting(%s)", name) == [(value,)], f"{name} is {value}")
 
     def standby(self, folder: Path) -> "Postgres":
         """A hot standby of this server, which follows it when started."""

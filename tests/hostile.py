@@ -14,15 +14,14 @@ import sys
 import tempfile
 import time
 from collections import Counter, deque
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from taskapi.schemas import MAX_BODY, MAX_BULK
 from tests.people import SECRET, mint
-from tests.processes import Server, copied, count_descriptors, request, serving, status_of, wait_until
-from tests.servers import NO_TEMPFILE, create_long_list
+from tests.processes import Server, request, serving_copy, wait_until
+from tests.servers import NO_TEMPFILE, connected, create_long_list
 
 MAX_MEMORY = 300  # MB that a process may take
 CONNECTIONS = 1_500  # that are open at the same time
@@ -30,6 +29,7 @@ CONNECTIONS = 1_500  # that are open at the same time
 TASKS = "/api/me/tasks"
 JUNK = "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiJtZSJ9.AAAA"
 POST = request("POST", TASKS, "Transfer-Encoding: chunked", token=JUNK)
+GETS = [request("GET", f"/api/user-{number}/tasks", token=mint(f"user-{number}")) for number in range(64)]
 
 
 def attacks(longs: list[bytes]) -> list[bytes]:
@@ -82,37 +82,23 @@ def attack(server: Server, seconds: float) -> Counter[int]:
     return statuses
 
 
-def memory(pid: int, kind: str = "VmRSS") -> int:
-    """The memory of a process in MB, or the most that it ever had (VmHWM)."""
-    return status_of(pid)[kind] // 1024
-
-
-def usage(pid: int) -> dict[str, int]:
-    threads = status_of(pid)["Threads"]
-    return {"peak memory, MB": memory(pid, "VmHWM"), "descriptors": count_descriptors(pid), "threads": threads}
+def open_pool(server: Server) -> None:
+    """Has the server open all its connections to PostgreSQL."""
+    with connected(server, GETS) as wires:
+        assert {wire.answer().status for wire in wires} == {200}
 
 
 def main(minutes: float) -> bool:
     """Whether the server kept its promises."""
     variables = {"BETTER_AUTH_SECRET": SECRET, "RATE_LIMIT_REFUSED": "9999999/minute"}
-    with (
-        tempfile.TemporaryDirectory() as name,
-        copied(Path(name, "checkout")) as folder,
-        serving(folder, variables, python=NO_TEMPFILE) as server,
-    ):
-        pid = server.popen.pid
-        with ThreadPoolExecutor(16) as pool:  # opens all connections to PostgreSQL
-            users = [f"user-{number}" for number in range(64)]
-            statuses = pool.map(lambda user: server.ask("GET", f"/api/{user}/tasks", token=mint(user)).status, users)
-            assert set(statuses) == {200}
-        before = usage(pid)
-        print(before)
+    with tempfile.TemporaryDirectory() as name, serving_copy(Path(name), variables, python=NO_TEMPFILE) as server:
+        open_pool(server)
+        print(before := server.usage)
         print("statuses of a good client:", attack(server, 60 * minutes))
-        wait_until(lambda: usage(pid)["descriptors"] <= before["descriptors"], "connections are closed")
-        after = usage(pid)
-        print(after)
+        wait_until(lambda: server.usage.descriptors <= before.descriptors, "connections are closed")
+        print(after := server.usage)
         print(*server.complaints[:10], sep="\n")
-        return memory(pid, "VmHWM") < MAX_MEMORY and after["threads"] == before["threads"] and not server.complaints
+        return after.peak < MAX_MEMORY and after.threads == before.threads and not server.complaints
 
 
 if __name__ == "__main__":

@@ -6,11 +6,12 @@ import fcntl
 import hashlib
 import hmac
 import json
+import os
+import secrets
 import shutil
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from psycopg.conninfo import conninfo_to_dict
 
-from tests.processes import CHECKOUT, environment, started
+from tests.processes import CHECKOUT, environment, free_port, run, started
 
 PATH = "/api/auth/jwks"  # where a Better Auth publishes its keys
 GENERATORS: dict[str, Callable[[], Any]] = {
@@ -62,8 +63,6 @@ def mac(payload: Any, secret: bytes, header: Any = {"alg": "HS256"}) -> str:  # 
 
 @dataclass(frozen=True)
 class Signer:
-    """A key of an issuer."""
-
     kid: str
     algorithm: str
     private: Any
@@ -103,7 +102,7 @@ class KeyServer:
         self.requests: list[str] = []
         self.closing = threading.Event()
         self._tls = tls
-        self._bind(0)
+        self._port = free_port()
         self.origin = f"{'https' if tls else 'http'}://127.0.0.1:{self._port}"
         self.url = self.origin + PATH
         self.up()
@@ -112,33 +111,21 @@ class KeyServer:
     def paths(self) -> list[str]:
         return [request.split(" ")[1] for request in self.requests]
 
-    @property
-    def fetches(self) -> int:
-        return len(self.requests)
-
     def publish(self, *signers: Signer) -> None:
         self.keys = [signer.published for signer in signers]
 
     def up(self) -> None:
-        self._socket.listen(128)
+        self._socket = socket.create_server(("127.0.0.1", self._port), backlog=128)
         threading.Thread(target=self._accept, args=[self._socket], daemon=True).start()
 
     def down(self) -> None:
         with contextlib.suppress(OSError):  # it is down already
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
-        self._bind(self._port)
 
     def close(self) -> None:
         self.closing.set()
         self.down()
-        self._socket.close()
-
-    def _bind(self, port: int) -> None:
-        self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", port))
-        self._port = self._socket.getsockname()[1]
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # the end of the listener
@@ -146,23 +133,18 @@ class KeyServer:
                 threading.Thread(target=self._serve, args=[listener.accept()[0]], daemon=True).start()
 
     def _serve(self, sock: socket.socket) -> None:
-        with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
-            stack.enter_context(sock)
-            if self._tls:
-                sock = stack.enter_context(self._tls.wrap_socket(sock, server_side=True))
-            if request := sock.recv(8192).decode():
+        with contextlib.suppress(OSError), self._tls.wrap_socket(sock, True) if self._tls else sock as wire:
+            if request := wire.recv(8192).decode():
                 self.requests.append(request)
-                self.behave(self, sock)
+                self.behave(self, wire)
 
 
 Behaviour = Callable[[KeyServer, socket.socket], None]
 
 
-@contextlib.contextmanager
-def publishing(*signers: Signer, tls: ssl.SSLContext | None = None) -> Iterator[KeyServer]:
+def publishing(*signers: Signer, tls: ssl.SSLContext | None = None) -> contextlib.closing[KeyServer]:
     """A key server for the length of a with block."""
-    with contextlib.closing(KeyServer(*signers, tls=tls)) as server:
-        yield server
+    return contextlib.closing(KeyServer(*signers, tls=tls))
 
 
 def publish(server: KeyServer, sock: socket.socket) -> None:
@@ -227,12 +209,12 @@ class Visitor:
 
 @dataclass(frozen=True)
 class BetterAuth:
-    """A real Better Auth that runs."""
-
     url: str
 
+    def sign_up(self) -> Visitor:
+        return self.sign("up", f"Ann-{secrets.token_hex(6)}")
+
     def sign(self, how: str, name: str) -> Visitor:
-        """Signs a person up or in."""
         person = {"email": f"{name.lower()}@example.com", "password": "correct horse battery", "name": name}
         found, cookies = self.call(f"/sign-{how}/email", {}, person)
         return Visitor(self, found["user"]["id"], found["user"]["email"], found["user"]["name"], cookies)
@@ -257,8 +239,7 @@ def install_node_package(name: str, folder: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other workers of pytest-xdist wait
         if not (cache / "installed").exists():
             command = ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--no-update-notifier"]
-            done = subprocess.run(command, cwd=cache, capture_output=True, text=True, timeout=120, check=False)
-            assert done.returncode == 0, done.stderr
+            run(command, cache, os.environ)
             (cache / "installed").touch()
     shutil.copytree(source, folder, dirs_exist_ok=True)
     (folder / "node_modules").symlink_to(cache / "node_modules")

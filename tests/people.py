@@ -19,6 +19,7 @@ from tests.issuers import claims_of
 
 SECRET = "the secret of these tests has 32 bytes and more"
 UNREACHABLE = "postgresql://127.0.0.1:1/nowhere"
+INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
 
 
 def mint(user: Any = None, /, secret: str = SECRET, headers: dict[str, Any] | None = None, **claims: Any) -> str:
@@ -98,3 +99,10 @@ def assert_problem(response: TestResponse, status: int, **members: Any) -> dict[
     assert set(problem) == {"type", "title", "status", "detail", *extra}
     assert {name: problem[name] for name in members} == members
     return problem
+
+
+def assert_invalid(response: TestResponse, kind: str, *names: str) -> None:
+    """Checks that a request was refused for these parameters, header fields or members, each with a reason."""
+    errors = assert_problem(response, 422)["errors"]
+    assert [error[kind] for error in errors] == [*names]
+    assert all(set(error) == {kind, "detail"} and error["detail"] for error in errors)

@@ -13,10 +13,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NamedTuple, Self
 from urllib.parse import urlsplit
 
 import pytest
@@ -83,12 +84,13 @@ def free_port() -> int:
             return port
 
 
-def wait_until(happened: Callable[[], Any], what: str) -> None:
-    """Polls until `happened` returns a true value."""
+def wait_until(happened: Callable[[], Any], what: str) -> Any:
+    """Polls until `happened` returns a true value, and returns that."""
     deadline = time.monotonic() + TIMEOUT
-    while not happened():
+    while not (found := happened()):
         assert time.monotonic() < deadline, f"not within {TIMEOUT} s: {what}"
         time.sleep(0.01)
+    return found
 
 
 @contextlib.contextmanager
@@ -122,21 +124,19 @@ def processes_in(folder: Path) -> set[int]:
 
 def freeze(*pids: int) -> None:
     """Stops processes until they are sent SIGCONT, and waits until every thread of them has stopped."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # ended meanwhile
-            os.kill(pid, signal.SIGSTOP)
+    kill_all(pids, signal.SIGSTOP)
     for pid in pids:
         wait_until(lambda: _states(pid) <= {"T", "Z"}, "all threads have stopped")  # noqa: B023 (called at once)
 
 
-def count_descriptors(pid: int) -> int:
-    return len(os.listdir(f"/proc/{pid}/fd"))
+class Usage(NamedTuple):
+    """What a program uses, all of its processes together; memory in MB, now and at most until now."""
 
-
-def status_of(pid: int) -> dict[str, int]:
-    """The numbers in /proc/PID/status, such as Threads, and VmRSS in kB."""
-    text = Path(f"/proc/{pid}/status").read_text()
-    return {name: int(number) for name, number in re.findall(r"^(\w+):\s+(\d+)", text, re.MULTILINE)}
+    memory: int
+    peak: int
+    descriptors: int
+    threads: int
+    cpu_seconds: float
 
 
 def _states(pid: int) -> set[str]:
@@ -147,11 +147,11 @@ def _states(pid: int) -> set[str]:
         return {"X"}
 
 
-def kill_all(pids: set[int]) -> None:
-    """Sends SIGKILL to processes that may have ended already."""
+def kill_all(pids: Iterable[int], number: int = signal.SIGKILL) -> None:
+    """Sends a signal to processes that may have ended already."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, number)
 
 
 @dataclass(frozen=True)
@@ -273,18 +273,34 @@ class Process:
         """The lines of stderr that are not log lines of level INFO."""
         return [line for line in self.stderr.splitlines() if '"level": "INFO"' not in line]
 
+    @property
+    def pids(self) -> list[int]:
+        """The main process, and its workers, which are its children."""
+        pid = self.popen.pid
+        return [pid, *map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split())]
+
+    @property
+    def usage(self) -> Usage:
+        numbers, descriptors, ticks = Counter[str](), 0, 0
+        for folder in (Path(f"/proc/{pid}") for pid in self.pids):
+            for name, number in re.findall(r"^(\w+):\s+(\d+)", (folder / "status").read_text(), re.MULTILINE):
+                numbers[name] += int(number)
+            descriptors += len(os.listdir(folder / "fd"))
+            fields = (folder / "stat").read_text().rpartition(") ")[2].split()
+            ticks += int(fields[11]) + int(fields[12])
+        memory, peak = numbers["VmRSS"] // 1024, numbers["VmHWM"] // 1024
+        return Usage(memory, peak, descriptors, numbers["Threads"], ticks / os.sysconf("SC_CLK_TCK"))
+
     def wait_for(self, pattern: str) -> str:
         """Waits until the program has written text that matches; returns the pattern's group, if it has one."""
-        found: list[str] = []
 
-        def look() -> bool:
+        def look() -> list[str]:
             ended = self.popen.poll() is not None
-            found.extend(re.findall(pattern, self.stdout + self.stderr))
+            found = re.findall(pattern, self.stdout + self.stderr)
             assert found or not ended, f"ended with {self.popen.returncode}: {self.stdout}{self.stderr}"
-            return bool(found)
+            return found
 
-        wait_until(look, pattern)
-        return found[0]
+        return str(wait_until(look, pattern)[0])
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Sends a signal, waits for the end, and returns the exit status."""
@@ -344,7 +360,7 @@ def serving(
 
 
 @contextlib.contextmanager
-def serving_copy(folder: Path, variables: Mapping[str, str] | None = None, *, token: str = "") -> Iterator[Server]:
+def serving_copy(folder: Path, variables: Mapping[str, str] | None = None, **options: Any) -> Iterator[Server]:
     """Runs `python wsgi.py` in a new copy of the tree below `folder`; a try-out has no data yet."""
-    with copied(folder / "checkout") as checkout, serving(checkout, variables, token=token) as server:
+    with copied(folder / "checkout") as checkout, serving(checkout, variables, **options) as server:
         yield server

@@ -3,8 +3,10 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import LiteralString
@@ -12,8 +14,9 @@ from typing import LiteralString
 import psycopg
 import pytest
 
-from tests import citus
-from tests.people import mint
+from tests import citus, processes
+from tests.clusters import Postgres
+from tests.people import SECRET, mint
 from tests.processes import PYTHON, Process, Server, Wire, environment, free_port, request, serving, started, wait_until
 
 SERVERS = ("waitress", "granian")
@@ -45,6 +48,16 @@ def serving_with(
 
 
 @contextlib.contextmanager
+def serving_alone(name: str, **variables: str) -> Iterator[tuple[Server, Postgres]]:
+    """Runs the server of that name, and a PostgreSQL for it, in a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder, Postgres(Path(folder, "postgres")) as postgres:
+        postgres.migrate()
+        variables |= {"DATABASE_URL": postgres.login, "BETTER_AUTH_SECRET": SECRET}
+        with processes.copied(Path(folder, "checkout")) as checkout, serving_with(name, checkout, variables) as server:
+            yield server, postgres
+
+
+@contextlib.contextmanager
 def nginx(folder: Path, site: str) -> Iterator[Process]:
     """Runs nginx with `site` in its http block, and its files in `folder`."""
     names = ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
@@ -61,6 +74,13 @@ def nginx(folder: Path, site: str) -> Iterator[Process]:
 def listens(port: int) -> bool:
     with socket.socket() as sock:
         return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def stop_listening(server: Server, number: int = signal.SIGTERM) -> None:
+    """Sends a signal and returns once no connection is accepted any more."""
+    server.popen.send_signal(number)
+    wait_until(lambda: not listens(int(server.url.rpartition(":")[2])), "the server has stopped listening")
+    assert server.popen.poll() is None
 
 
 def python_after(*statements: str) -> list[str]:

@@ -8,27 +8,25 @@ response against it. Each promise is printed with what was measured; the exit st
 
 import argparse
 import contextlib
+import itertools
 import json
-import os
 import secrets
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import psycopg
 
 from taskapi.db import OUTCOME_UNKNOWN
 from tests.clusters import Postgres
-from tests.people import SECRET, mint
-from tests.processes import Process, Server, Wire, copied, count_descriptors, request, status_of, wait_until
-from tests.servers import SERVERS, serving_with
+from tests.people import mint
+from tests.processes import Server, Usage, Wire, request, wait_until
+from tests.servers import SERVERS, serving_alone
 
 RECOVERY = 2  # seconds after the database's return in which a request may still fail
 LONGEST = 10  # seconds that any request may take, in an outage too
@@ -51,15 +49,15 @@ class Client:
     """A user with one connection, who knows which tasks must exist and which may exist."""
 
     def __init__(self, url: str, name: str) -> None:
-        self.url, self.name, self.token = url, name, mint(name)
+        self.url, self.token = url, mint(name)
         self.path = f"/api/{name}/tasks"
         self.tasks: dict[int, Task] = {}
         self.unsure: dict[int, set[object]] = {}  # tasks with an unknown outcome: the states that each may be in
         self.unsure_titles: set[str] = set()  # titles of creates with an unknown outcome
         self.exchanges: list[Exchange] = []
         self.successes = 0  # in a row
-        self.titles = 0
-        changes = [self.rename, self.toggle, self.delete] * 2
+        self.titles = (f"{name} {number}" for number in itertools.count())
+        changes = [partial(self.change, method) for method in ("PUT", "PATCH", "DELETE") * 2]
         self.actions = [self.create] * 5 + [self.read] * 6 + [self.list] * 2 + changes + [self.intrude]
 
     def run(self, stop: threading.Event) -> None:
@@ -70,9 +68,9 @@ class Client:
 
     def create(self) -> None:
         if len(self.tasks) == TASKS:
-            self.delete()
+            self.change("DELETE")
             return
-        body = {"title": self.new_title(), "description": "x" * secrets.randbelow(500)}
+        body = {"title": next(self.titles), "description": "x" * secrets.randbelow(500)}
         task, is_unsure = self.send("POST", "", body, status=201)
         if task:
             assert task["title"] == body["title"], task
@@ -91,27 +89,22 @@ class Client:
         if found is not None:
             self.audit(found)
 
-    def rename(self) -> None:
-        if task := self.any_task():
-            change = {"title": self.new_title()}
-            self.change(task, task | change, "PUT", body=change)
-
-    def toggle(self) -> None:
-        if task := self.any_task():
-            self.change(task, task | {"is_completed": not task["is_completed"]}, "PATCH", "/complete")
-
-    def delete(self) -> None:
-        if task := self.any_task():
-            self.change(task, None, "DELETE")
-
     def intrude(self) -> None:
         """With an invalid token, and with another user's."""
         self.send("GET", status=401, token=f"{self.token}x")
         self.send("GET", status=403, token=mint("another"))
 
-    def change(self, task: Task, after: Task | None, method: str, path: str = "", body: Any = None) -> None:
-        """Sends a change, and records its outcome: a 503 that is not called unknown promises that nothing changed."""
-        id = task["id"]
+    def change(self, method: str) -> None:
+        """Renames, toggles or deletes a task, and records the outcome: a 503 that is not called unknown promises that
+        nothing changed."""
+        if not (task := self.any_task()):
+            return
+        id, path, body, after = task["id"], "", None, None
+        if method == "PUT":
+            body = {"title": next(self.titles)}
+            after = task | body
+        elif method == "PATCH":
+            path, after = "/complete", task | {"is_completed": not task["is_completed"]}
         found, is_unsure = self.send(method, f"/{id}{path}", body)
         if found or is_unsure:
             del self.tasks[id]
@@ -141,10 +134,6 @@ class Client:
         assert method != "GET" or not is_unsure, answer
         return None, is_unsure
 
-    def new_title(self) -> str:
-        self.titles += 1
-        return f"{self.name} {self.titles}"
-
     def any_task(self) -> Task | None:
         return self.tasks[secrets.choice([*self.tasks])] if self.tasks else None
 
@@ -166,41 +155,6 @@ def content(task: Task | None) -> object:
     return task and (task["title"], task["description"], task["is_completed"])
 
 
-class Usage(NamedTuple):
-    """What a server uses at one moment, all of its processes together; memory in MB."""
-
-    memory: int
-    descriptors: int
-    threads: int
-    connections: int
-
-
-def processes_of(server: Process) -> list[int]:
-    """The server's process and its workers: all are in one session."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has exited
-            if os.getsid(int(path.name)) == server.popen.pid:
-                found.append(int(path.name))
-    return found
-
-
-def measure(server: Process, cluster: Postgres) -> Usage:
-    memory = threads = descriptors = connections = 0
-    for pid in processes_of(server):
-        status = status_of(pid)
-        memory += status["VmRSS"]
-        threads += status["Threads"]
-        descriptors += count_descriptors(pid)
-    with contextlib.suppress(psycopg.OperationalError):  # it is being restarted
-        connections = len(cluster.backends())
-    return Usage(memory // 1024, descriptors, threads, connections)
-
-
-def log_lines(server: Process) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in server.stderr.splitlines() if line.startswith("{")]
-
-
 def p99(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=100)[98]
 
@@ -213,6 +167,7 @@ class Soak:
         self.clients = [Client(server.url, f"soak-{number}") for number in range(users)]
         self.outages: list[tuple[float, float]] = []
         self.requests = 0
+        self.connections = 0  # to PostgreSQL, at most
         self.broken: list[str] = []
 
     def promise(self, is_kept: bool, promise: str, found: object) -> None:
@@ -224,7 +179,7 @@ class Soak:
     def run(self, seconds: float) -> None:
         self.measure_refusals()
         self.audit()  # which opens the pool
-        before = measure(self.server, self.cluster)
+        before = self.server.usage
         stop = threading.Event()
         with ThreadPoolExecutor(len(self.clients)) as threads:
             running = [threads.submit(client.run, stop) for client in self.clients]
@@ -250,7 +205,7 @@ class Soak:
                 assert answer.status == 403, answer
                 took.append(1000 * (time.monotonic() - start))
         self.requests += len(took)
-        checks = [line["duration_ms"] for line in log_lines(self.server) if line["message"].startswith("request")]
+        checks = [line["duration_ms"] for line in self.log_lines() if line["message"].startswith("request")]
         self.promise(p99(took) < 100, "a refusal takes less than 100 ms (SC-002), p99", f"{p99(took):.1f} ms")
         self.promise(p99(checks) < 50, "a token's check takes less than 50 ms (SC-005), p99", f"{p99(checks):.1f} ms")
 
@@ -267,7 +222,9 @@ class Soak:
                     time.sleep(0.5)
                     self.cluster.start()
                 self.outages.append((start + passed, time.monotonic() + RECOVERY))
-            usages.append(measure(self.server, self.cluster))
+            usages.append(self.server.usage)
+            with contextlib.suppress(psycopg.OperationalError):  # it is being restarted
+                self.connections = max(self.connections, len(self.cluster.backends()))
             time.sleep(0.5)
         return usages
 
@@ -282,7 +239,6 @@ class Soak:
         self.promise(longest < LONGEST, f"no request takes {LONGEST} s", f"{longest:.1f} s")
 
     def audit(self) -> None:
-        """Checks that every acknowledged task exists once."""
         kept = 0
         for client in self.clients:
             found = self.server.ask("GET", client.path, token=client.token).json
@@ -294,18 +250,21 @@ class Soak:
 
     def judge_usages(self, before: Usage, usages: Sequence[Usage]) -> None:
         def is_at_rest() -> bool:
-            now = measure(self.server, self.cluster)
+            now = self.server.usage
             return now.descriptors <= before.descriptors + POOL and now.threads <= before.threads
 
         wait_until(is_at_rest, "descriptors are closed and threads have ended")
         early = [usage.memory for usage in usages[len(usages) // 3 : len(usages) // 2]]
         grown = usages[-1].memory - round(statistics.mean(early))
-        pool = max(usage.connections for usage in usages)
         self.promise(grown <= GROWTH, f"memory grows by no more than {GROWTH} MB", f"{grown} MB; {usages[-1]}")
-        self.promise(pool <= POOL + 1, "connections to PostgreSQL stay within the pool", pool)
+        is_within = self.connections <= POOL + 1
+        self.promise(is_within, "connections to PostgreSQL stay within the pool", self.connections)
+
+    def log_lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.server.stderr.splitlines() if line.startswith("{")]
 
     def judge_log(self) -> None:
-        lines = log_lines(self.server)
+        lines = self.log_lines()
         logged = sum(line["message"].startswith("request") for line in lines)
         self.promise(logged == self.requests, "every request has a log line", f"{logged} of {self.requests}")
         defects = sum(line["message"] == "defect" or line["level"] == "CRITICAL" for line in lines)
@@ -313,15 +272,11 @@ class Soak:
 
 
 def soak(seconds: float, users: int = 200, server_name: str = "waitress") -> Soak:
-    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
-        cluster = stack.enter_context(Postgres(Path(name, "cluster")))
-        cluster.migrate()
-        checkout = stack.enter_context(copied(Path(name, "checkout")))
-        env = {"BETTER_AUTH_SECRET": SECRET, "DATABASE_URL": cluster.login}
-        env |= {"RATE_LIMIT": "9999999/minute", "RATE_LIMIT_REFUSED": "9999999/minute"}
-        run = Soak(stack.enter_context(serving_with(server_name, checkout, env)), cluster, users)
+    rate = "9999999/minute"
+    with serving_alone(server_name, RATE_LIMIT=rate, RATE_LIMIT_REFUSED=rate) as (server, cluster):
+        run = Soak(server, cluster, users)
         run.run(seconds)
-        run.promise(run.server.stop() == 0, "the server exits with status 0", run.server.popen.returncode)
+        run.promise(server.stop() == 0, "the server exits with status 0", server.popen.returncode)
     return run
 
 

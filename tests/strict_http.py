@@ -54,12 +54,13 @@ Outcome = Request | Refusal | Incomplete
 
 
 class Reader:
-    """Collects the faults of a head, as a server may answer for any of them."""
+    """What a strict server makes of the bytes of a connection, up to where it closes it or needs more. All faults of a
+    head are collected: a server may answer for any of them."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, 0
 
-    def outcomes(self) -> Iterator[Outcome]:
+    def __iter__(self) -> Iterator[Outcome]:
         while self.position < len(self.data):
             self.statuses: set[int] = set()
             self.refusals: set[int] = set()
@@ -191,11 +192,6 @@ class Reader:
         lengths = {int(value) if value.isdigit() else -1 for value in elements(values) if value}
         self.require(len(lengths) == 1 and -1 not in lengths)
         return max(lengths, default=0)
-
-
-def read(data: bytes) -> list[Outcome]:
-    """What a strict server makes of the bytes of a connection, up to where it closes it or needs more."""
-    return list(Reader(data).outcomes())
 
 
 def elements(values: list[bytes]) -> list[bytes]:

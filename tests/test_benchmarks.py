@@ -31,12 +31,9 @@ def test_comparison_is_written_as_a_table_and_a_plot(tmp_path: Path) -> None:
 
 def test_wrong_answers_end_the_run(tmp_path: Path) -> None:
     port = free_port()
-    work = Work(lambda _: iter([ask("GET", "ann")]))
-    tasks = Tasks("", 0)
-    file = work.write(tasks, tmp_path / "requests")
-    with started(
-        [sys.executable, "-m", "http.server", str(port), "--bind=127.0.0.1"], tmp_path, environment()
-    ) as process:
+    command = [sys.executable, "-m", "http.server", str(port), "--bind=127.0.0.1"]
+    with started(command, tmp_path, environment()) as process:
         wait_until(lambda: listens(port), "it listens")
+        stack = compare.Stack(f"http://127.0.0.1:{port}", process, Tasks("", 0))
         with pytest.raises(compare.Failed, match="0 should be refused"):
-            compare.measure(compare.Stack(f"http://127.0.0.1:{port}", process, tasks), work, file, 1, 1)
+            compare.measure(stack, Work(lambda _: iter([ask("GET", "ann")])), 1, 1)

@@ -19,7 +19,7 @@ from taskapi.migrations import load_migrations, migrate
 from taskapi.pipeline import to_positional
 from taskapi.statements import BEFORE, begin_as_user, build_batch, load_sql
 from tests import citus
-from tests.people import Answer, Person, assert_problem, running_app
+from tests.people import Answer, Person, assert_problem, new_person, running_app
 from tests.plans import USER_COLUMNS, each_statement
 from tests.processes import within
 from tests.test_commands import check, run
@@ -63,7 +63,7 @@ def node_of(conn: psycopg.Connection, user: str) -> str:
 
 def people_of_nodes(conn: psycopg.Connection, app: Flask) -> dict[str, Person]:
     """For each node a user whose rows are there."""
-    people = (Person(app.test_client(), f"user-{secrets.token_hex(6)}") for _ in range(100))
+    people = (new_person(app.test_client()) for _ in range(100))
     return {node_of(conn, person.user): person for person in people}
 
 
@@ -109,15 +109,14 @@ def requests_of(person: Person, id: int) -> Iterator[Answer]:
 @contextmanager
 def unreachable(node: str) -> Iterator[None]:
     """The node accepts no connections to this database for the length of a with block."""
-    name = sql.Identifier(str(conninfo_to_dict(node)["dbname"]))
+    name = conninfo_to_dict(node)["dbname"]
     with psycopg.connect(node, dbname=conninfo_to_dict(citus.URL or "")["dbname"], autocommit=True) as admin:
-        admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS false").format(name))
+        admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false".encode())
         try:
-            end = sql.SQL("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = {}")
-            admin.execute(end.format(sql.Literal(name.as_string().strip('"'))))
+            admin.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s", [name])
             yield
         finally:
-            admin.execute(sql.SQL("ALTER DATABASE {} ALLOW_CONNECTIONS true").format(name))
+            admin.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
 
 
 def test_without_a_node_only_its_users_get_503_and_at_once(conn: psycopg.Connection, app: Flask) -> None:
@@ -150,11 +149,9 @@ TRIGGER = """
 
 
 def test_a_commit_that_fails_on_a_node_is_of_unknown_outcome(conn: psycopg.Connection, app: Flask) -> None:
-    ann = Person(app.test_client(), f"ann-{secrets.token_hex(6)}")
+    ann = new_person(app.test_client())
     task = ann.create()
-    name = (
-        b"SELECT shard_name(t, get_shard_id_for_distribution_column(t, %s::text)) FROM to_regclass('taskapi.tasks') t"
-    )
+    name = "SELECT shard_name(t, get_shard_id_for_distribution_column(t, %s::text)) FROM to_regclass('taskapi.tasks') t"
     [(shard,)] = conn.execute(name, [ann.user]).fetchall()
     with psycopg.connect(node_of(conn, ann.user), autocommit=True) as node:
         node.execute(TRIGGER.format(shard).encode())

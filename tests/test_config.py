@@ -1,6 +1,5 @@
 """Settings: which values are refused, and that none of them shows a secret."""
 
-import secrets
 from re import escape
 from typing import Any
 
@@ -32,13 +31,11 @@ PASSWORDS = [f"postgresql://ann:{password}@h/d" for password in ("pa@ss", "pa/ss
         ("BETTER_AUTH_SECRETS", "BETTER_AUTH_SECRETS is not of the form", ["x" * 32, f"a:{'x' * 32}", ","]),
         ("BETTER_AUTH_SECRETS", "BETTER_AUTH_SECRET is too short", ["2:short,1:x"]),
         ("DATABASE_URL", "DATABASE_URL is not a libpq URL.* @ as %40", [*PASSWORDS, "what://is.this"]),
+        ("DATABASE_URL", "DATABASE_URL is not a libpq URL", ["postgresql://u:hunter2@h:x y/d"]),
         ("DATABASE_URL", "DATABASE_URL has schema, which only Prisma .*: remove it$", [f"{DATABASE}?schema=public"]),
         ("DATABASE_URL", "DATABASE_URL has sslmode=no-verify, .*: set sslmode=req", [f"{DATABASE}?sslmode=no-verify"]),
         ("DATABASE_URL", "DATABASE_URL has postgresql.psycopg, .*: set postgresql$", ["postgresql+psycopg://h/d"]),
-        *(
-            ("CORS_ORIGINS", "CORS_.* has .*: set https://a.example$", [f"{one}/"])
-            for one in ("https://a.example", "HTTPS://A.Example:443/b")
-        ),
+        ("CORS_ORIGINS", "CORS_.* has .*: set https://a.example$", ["https://a.example/", "HTTPS://A.Example:443/b/"]),
         ("HOST", "HOST is not an address: .* set ::, or 0.0.0.0", ["*"]),
         ("TRUSTED_PROXY", "TRUSTED_PROXY is not an IP address or network.*: .*10.0.0.0/8", PROXIES),
         ("JWKS_URL", "JWKS_URL is not an http or https URL", ["ftp://h/keys", "http://h:99999/", "https://h/a b"]),
@@ -90,10 +87,6 @@ def test_urls_of_libpq_are_accepted() -> None:
 
 
 def test_settings_never_show_their_secrets() -> None:
-    password = secrets.token_hex(8)
-    shown = repr(Settings(database_url=f"postgresql://u:{password}@h/d", secrets=(SECRET,)))
+    shown = repr(Settings(database_url="postgresql://u:hunter2@h/d", secrets=(SECRET,)))
+    assert "hunter2" not in shown
     assert SECRET not in shown
-    assert password not in shown
-    with pytest.raises(ConfigError) as caught:
-        Settings(database_url=f"postgresql://u:{password}@h:x y/d")
-    assert password not in str(caught.value)

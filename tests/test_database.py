@@ -156,12 +156,14 @@ PAGED += [("due_at", OPEN, 2_000), ("-due_at", OPEN, 2_000)]
 @pytest.mark.parametrize(("sort", "filters", "count"), PAGED)
 def test_a_deep_page_costs_little(large: psycopg.Connection, sort: str, filters: dict[str, Any], count: int) -> None:
     """The last but one of up to 2,000 pages with 50 tasks."""
-    order = load_fragments()[f"order{' descending' if sort.startswith('-') else ''}"]
+    fragments = load_fragments()
+    order = fragments[f"order{' descending' if sort.startswith('-') else ''}"]
+    key = fragments.get(f"key {sort}") or fragments[f"key {sort.lstrip('-')}"]
     conditions = "".join(f" AND t.{name} = {value}" for name, value in filters.items())
     text = f"""
-        SELECT ({load_key(sort)})::text AS after, t.id AS after_id
+        SELECT ({key})::text AS after, t.id AS after_id
         FROM taskapi.tasks AS t WHERE t.user_id = 'user-0'{conditions}
-        ORDER BY {order.replace("/* include key */", load_key(sort))} OFFSET {count - 100} LIMIT 1
+        ORDER BY {order.replace("/* include key */", key)} OFFSET {count - 100} LIMIT 1
     """
     with large.transaction(), large.cursor(row_factory=dict_row) as cursor:
         cursor.execute("SET LOCAL timezone TO 'UTC'")
@@ -176,12 +178,6 @@ def test_a_deep_page_costs_little(large: psycopg.Connection, sort: str, filters:
         for scan in (scan for plan in found for scan in plans.scans(plan, "tasks")):
             assert scan["Node Type"] == "Index Scan", scan
             assert plans.rows_read(scan) <= 60, scan
-
-
-def load_key(sort: str) -> str:
-    """What a list is sorted by, in SQL."""
-    fragments = load_fragments()
-    return fragments.get(f"key {sort}") or fragments[f"key {sort.lstrip('-')}"]
 
 
 RELEASED = {
@@ -202,19 +198,14 @@ def test_a_released_migration_does_not_change() -> None:
     assert found == RELEASED
 
 
-@pytest.fixture
-def database(new_database: Callable[..., str]) -> Database:
-    """An empty one."""
-    return Database(new_database())
-
-
-def test_concurrent_migrations_are_applied_once_and_in_order(database: Database) -> None:
+def test_concurrent_migrations_are_applied_once_and_in_order(new_database: Callable[..., str]) -> None:
     with ThreadPoolExecutor(8) as threads:
-        applied = list(threads.map(migrate, [database] * 8))
+        applied = list(threads.map(migrate, [Database(new_database())] * 8))
     assert [name for names in applied for name in names] == sorted(load_migrations())
 
 
-def test_a_failed_migration_leaves_nothing(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_migration_leaves_nothing(new_database: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    database = Database(new_database())
     broken = {**load_migrations(), "9999_broken": b"CREATE TABLE taskapi.half (); SELECT 1 / 0"}
     monkeypatch.setattr(migrations, "load_migrations", lambda: broken)
     with pytest.raises(errors.DivisionByZero):

@@ -7,7 +7,6 @@ import secrets
 import select
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -30,8 +29,8 @@ from taskapi import ConfigError, Settings
 from taskapi.context import get_api
 from taskapi.tokens import User
 from tests import issuers
-from tests.people import SECRET, UNREACHABLE, Person, assert_problem, mint, next_url, running_app
-from tests.processes import CHECKOUT, ask, environment, readme, started
+from tests.people import SECRET, UNREACHABLE, Person, assert_problem, mint, new_person, next_url, running_app
+from tests.processes import CHECKOUT, ask, environment, readme, started, wait_until, within
 from tests.servers import tasks_locked
 
 HOST_SECRET = "the host's own secret has 32 bytes and more"
@@ -55,10 +54,7 @@ def host() -> Flask:
         return jsonify(me=get_jwt_identity())
 
     app.add_url_rule("/echo", endpoint="echo", view_func=lambda: request.get_data(), methods=["POST"])
-
-    @app.get("/broken")
-    def broken() -> str:
-        raise RuntimeError("host's defect")
+    app.add_url_rule("/broken", endpoint="broken", view_func=lambda: str(1 / 0))
 
     @app.errorhandler(404)
     @app.errorhandler(405)
@@ -70,12 +66,10 @@ def host() -> Flask:
 
 
 @contextlib.contextmanager
-def mounted(
-    app: Flask, database_url: str | None = UNREACHABLE, url_prefix: str = "/api", pool: Any = None
-) -> Iterator[Person]:
+def mounted(app: Flask, url: str | None = UNREACHABLE, prefix: str = "/api", pool: Any = None) -> Iterator[Person]:
     """A new user of the API in `app`, until the end of the with block."""
-    taskapi.init_app(app, Settings(database_url=database_url, secrets=(SECRET,)), url_prefix=url_prefix, pool=pool)
-    yield Person(app.test_client(), f"änn-{secrets.token_hex(6)}", prefix=url_prefix.rstrip("/"))
+    taskapi.init_app(app, Settings(database_url=url, secrets=(SECRET,)), url_prefix=prefix, pool=pool)
+    yield Person(app.test_client(), f"änn-{secrets.token_hex(6)}", prefix=prefix.rstrip("/"))
     get_api(app).database.close()
 
 
@@ -117,10 +111,8 @@ def test_tasks_work_at_any_prefix(ann: Person) -> None:
 
 
 @pytest.mark.parametrize(("prefix", "trap"), [("/api", False), ("/", True), ("/todo/", True)])
-def test_errors_under_the_prefix_have_the_one_shape(
-    database_url: str, monkeypatch: pytest.MonkeyPatch, prefix: str, trap: bool
-) -> None:
-    """The prefix may end with a slash, and the host may trap HTTP exceptions."""
+def test_errors_have_the_one_shape(database_url: str, monkeypatch: pytest.MonkeyPatch, prefix: str, trap: bool) -> None:
+    """Under the prefix. It may end with a slash, and the host may trap HTTP exceptions."""
     app = host()
     app.config["TRAP_HTTP_EXCEPTIONS"] = trap
     with mounted(app, database_url, prefix) as ann:
@@ -156,7 +148,7 @@ def test_requests_in_one_app_context_share_nothing(
 def test_nested_request_restores_the_outer_one(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "taskapi")
     with running_app(database_url) as app:
-        ann, ben = (Person(app.test_client(), f"{name}-{secrets.token_hex(6)}") for name in ("ann", "ben"))
+        ann, ben = new_person(app.test_client()), new_person(app.test_client())
 
         @app.after_request
         def ask_again(response: Response) -> Response:
@@ -266,9 +258,7 @@ class Limited(TooManyRequests):
         (Limited(), 429, "5 per 1 minute", {"Retry-After": "7", "X-RateLimit-Limit": "5"}),
     ],
 )
-def test_errors_of_the_host_keep_their_words(
-    error: HTTPException, status: int, detail: str, headers: dict[str, str]
-) -> None:
+def test_host_errors_keep_their_words(error: HTTPException, status: int, detail: str, headers: dict[str, str]) -> None:
     app = host()
 
     @app.before_request
@@ -330,9 +320,8 @@ ANSWERING = [{}, {"TESTING": True, "PROPAGATE_EXCEPTIONS": False}]
 
 
 @pytest.mark.parametrize("config", RAISING + ANSWERING)
-def test_defects_are_signalled_and_raised_as_flask_documents(
-    monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]
-) -> None:
+def test_defects_are_signalled_and_raised(monkeypatch: pytest.MonkeyPatch, config: dict[str, bool]) -> None:
+    """As Flask documents."""
     app = host()
     app.config.update(config)
     monkeypatch.setattr("taskapi.db.Database.run", lambda *_, **__: 1 / 0)
@@ -367,19 +356,16 @@ def test_readme_app_keeps_its_page_and_gives_it_a_token(monkeypatch: pytest.Monk
 
 
 def test_token_has_what_the_api_requires() -> None:
-    settings = Settings(
-        database_url=UNREACHABLE, secrets=(SECRET,), issuers=("me",), audiences=("you",), user_claims=("user.id",)
-    )
-    app = taskapi.create_app(settings)
-    with host().app_context():
-        token = taskapi.issue_token("ann", email="ann@example.com", name="Ann", app=app)
-    assert get_api(app).verifier.verify(token) == User("ann", "ann@example.com", "Ann")
-    for invalid in (cast(Any, 5), "", "\0"):
-        with app.app_context(), pytest.raises(ValueError, match="user id"):
-            taskapi.issue_token(invalid)
-    for never in (cast(Any, 900), timedelta(0), timedelta(-1)):
-        with app.app_context(), pytest.raises(ValueError, match=r"^expires "):
-            taskapi.issue_token("ann", expires=never)
+    with running_app(issuers=("me",), audiences=("you",), user_claims=("user.id",)) as app, app.app_context():
+        with host().app_context():
+            token = taskapi.issue_token("ann", email="ann@example.com", name="Ann", app=app)
+        assert get_api(app).verifier.verify(token) == User("ann", "ann@example.com", "Ann")
+        for invalid in (cast(Any, 5), "", "\0"):
+            with pytest.raises(ValueError, match="user id"):
+                taskapi.issue_token(invalid)
+        for never in (cast(Any, 900), timedelta(0), timedelta(-1)):
+            with pytest.raises(ValueError, match=r"^expires "):
+                taskapi.issue_token("ann", expires=never)
 
 
 WITHOUT_API = [lambda app: taskapi.issue_token("ann", app=app), taskapi.openapi.init_app, taskapi.docs.init_app]
@@ -433,15 +419,14 @@ def test_eventlet_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         taskapi.init_app(host(), USABLE)
 
 
-def test_app_that_never_served_has_no_connection(database_url: str) -> None:
+def test_app_that_never_served_has_no_connection(database_url: str, conn: psycopg.Connection) -> None:
     """So that a server may fork after it made the app."""
-    with running_app(f"{database_url} application_name=unused"), psycopg.connect(database_url) as conn:
-        found = conn.execute("SELECT count(*) FROM pg_stat_activity WHERE application_name = 'unused'").fetchone()
-    assert found == (0,)
+    with running_app(f"{database_url} application_name=unused"):
+        assert conn.execute("SELECT FROM pg_stat_activity WHERE application_name = 'unused'").rowcount == 0
 
 
 @pytest.mark.slow
-def test_deleted_apps_leave_no_thread_and_no_connection(database_url: str) -> None:
+def test_deleted_apps_leave_no_thread_and_no_connection(database_url: str, conn: psycopg.Connection) -> None:
     before, signer = set(threading.enumerate()), issuers.Signer.new("EdDSA")
     with issuers.publishing(signer) as issuer:
         settings = Settings(database_url=f"{database_url} application_name=deleted", jwks_url=issuer.url)
@@ -451,12 +436,9 @@ def test_deleted_apps_leave_no_thread_and_no_connection(database_url: str) -> No
             Person(app.test_client(), "ann", signer.token("ann")).list()
             del app
     gc.collect()
-    deadline = time.monotonic() + 2
-    with psycopg.connect(database_url, autocommit=True) as conn:
-        count = "SELECT FROM pg_stat_activity WHERE application_name = 'deleted'"
-        while conn.execute(count).rowcount and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert conn.execute(count).rowcount == 0
+    count = "SELECT FROM pg_stat_activity WHERE application_name = 'deleted'"
+    with within(2):
+        wait_until(lambda: conn.execute(count).rowcount == 0, "no connection is left")
     assert set(threading.enumerate()) <= before
 
 

@@ -32,11 +32,11 @@ from taskapi.db import UNAVAILABLE_DETAILS as DETAILS
 from taskapi.pipeline import STATEMENT_TIMEOUT
 from taskapi.pool import Connection
 from tests.clusters import Postgres
-from tests.people import SECRET, Person, mint, running_app
+from tests.people import SECRET, Person, mint
 from tests.people import assert_problem as assert_problem_in_process
 from tests.processes import Answer, Server, Wire, assert_problem, copied, request, serving, wait_until, within
-from tests.servers import python_after, serving_with
-from tests.soak import Client, measure, soak
+from tests.servers import python_after, serving_with, tasks_locked
+from tests.soak import Client, soak
 
 pytestmark = pytest.mark.slow  # as a whole: most of its tests wait for a bound
 
@@ -124,8 +124,8 @@ def server(process: Process, postgres: Postgres) -> Iterator[Server]:
 
 def threads_and_files(server: Server, postgres: Postgres) -> tuple[int, int]:
     """The server's threads, and its open files without the connections of its pool."""
-    usage = measure(server, postgres)
-    return usage.threads, usage.descriptors - usage.connections
+    usage = server.usage
+    return usage.threads, usage.descriptors - len(postgres.backends())
 
 
 def is_whole(server: Server) -> bool:
@@ -203,14 +203,13 @@ class Fault:
     """What happens to the database; the detail of the 503 that reads and changes then get, or None for success, after
     how many seconds; and what the log says."""
 
-    begin: Callable[[Postgres], AbstractContextManager[None]]
+    begin: Callable[[Postgres], AbstractContextManager[object]]
     read: str | None
     change: str | None
     seconds: float
     reason: str
     is_ready: bool = True
-    may_happen: bool = False
-    """Whether changes happen when the fault is over."""
+    may_happen: bool = False  # whether changes happen when the fault is over
 
 
 @contextmanager
@@ -221,14 +220,6 @@ def changed(postgres: Postgres, begin: LiteralString, end: LiteralString) -> Ite
         yield
     finally:
         postgres.run(end)
-
-
-@contextmanager
-def locked(postgres: Postgres) -> Iterator[None]:
-    """Locks the table of tasks for the length of a with block."""
-    with psycopg.connect(postgres.url, application_name="test") as conn:
-        conn.execute("LOCK TABLE taskapi.tasks")
-        yield
 
 
 SLOW: LiteralString = "CREATE POLICY slow ON taskapi.tasks AS RESTRICTIVE USING ((SELECT true FROM pg_sleep(60)))"
@@ -242,20 +233,18 @@ FAULTS = {
         partial(Postgres.setting, name="default_transaction_read_only", value="on"), None, DETAILS["25006"],
         0, "in a read-only transaction",
     ),
-    "locked": Fault(locked, DETAILS["55P03"], DETAILS["55P03"], 1, "lock timeout", is_ready=False),
+    "locked": Fault(
+        lambda one: tasks_locked(one.url), DETAILS["55P03"], DETAILS["55P03"], 1, "lock timeout", is_ready=False,
+    ),
     "slow": Fault(
         partial(changed, begin=SLOW, end="DROP POLICY slow ON taskapi.tasks"), DETAILS["57"], DETAILS["57"],
         3, "statement timeout",
     ),
 }  # fmt: skip
+CASES = [*(("waitress", name) for name in FAULTS if name != "frozen"), ("granian", "down"), ("hasty", "frozen")]
 
 
-@pytest.mark.parametrize(
-    ("process", "name"),
-    [*(("waitress", name) for name in FAULTS if name != "frozen"), ("granian", "down"), ("hasty", "frozen")],
-    indirect=["process"],
-    scope="module",
-)
+@pytest.mark.parametrize(("process", "name"), CASES, indirect=["process"], scope="module")
 def test_fault_is_answered_in_time_and_leaves_nothing_half_done(server: Server, postgres: Postgres, name: str) -> None:
     fault = FAULTS[name]
     subjects = [Subject(server, postgres, kind) for kind in REQUESTS]
@@ -294,8 +283,7 @@ CONFLICTS = {"40P01": ("deadlock_timeout", "200ms"), "40001": ("default_transact
 @pytest.mark.parametrize("state", CONFLICTS)
 def test_conflict_with_another_transaction_is_503(server: Server, postgres: Postgres, state: str) -> None:
     subject = Subject(server, postgres, "update")
-    connect = partial(psycopg.connect, postgres.url, application_name="test")
-    with postgres.setting(*CONFLICTS[state]), connect() as conn, ThreadPoolExecutor(1) as threads:
+    with postgres.setting(*CONFLICTS[state]), psycopg.connect(postgres.url) as conn, ThreadPoolExecutor(1) as threads:
         conn.execute("SET deadlock_timeout = '20s'")  # the request finds the deadlock, and ends
         conn.execute("UPDATE taskapi.tasks SET title = title WHERE user_id = %s", [subject.user])
         answer = threads.submit(subject.send)
@@ -313,7 +301,7 @@ def test_conflict_with_another_transaction_is_503(server: Server, postgres: Post
 def test_lost_connection_before_a_change_or_a_read_retried_once(server: Server, postgres: Postgres, times: int) -> None:
     subjects = [Subject(server, postgres, kind) for kind in REQUESTS]
     with ThreadPoolExecutor(len(subjects)) as threads:
-        with locked(postgres):
+        with tasks_locked(postgres.url):
             answers = [threads.submit(subject.send) for subject in subjects]
             postgres.terminate(*postgres.wait_for_backends("relation", len(subjects)))
             again = postgres.wait_for_backends("relation", len(READS))
@@ -388,7 +376,7 @@ def test_frozen_backend_costs_one_read_and_delays_no_other_request(server: Serve
 def test_request_of_several_statements_has_the_same_deadline(server: Server, postgres: Postgres) -> None:
     """The first statement is answered late, the second never."""
     sent = request("GET", "/api/ann/tasks", 'If-None-Match: "0"', token=server.token)
-    with locked(postgres), Wire(server.url) as wire, within(sum(HASTY.values()) + SLACK):
+    with tasks_locked(postgres.url), Wire(server.url) as wire, within(sum(HASTY.values()) + SLACK):
         with postgres.frozen():
             wire.send(sent)
             time.sleep(HASTY["STATEMENT_TIMEOUT"] - 0.5)
@@ -408,13 +396,14 @@ def test_connection_that_is_not_made_in_time_is_closed_at_once(postgres: Postgre
         assert len(os.listdir("/proc/self/fd")) == len(before)
 
 
-def test_one_users_waiting_requests_leave_connections_for_others(database_url: str, conn: psycopg.Connection) -> None:
-    with running_app(database_url) as app, ThreadPoolExecutor(2 * POOL) as threads:
-        ann, bob = [Person(app.test_client(), f"{name}-{secrets.token_hex(6)}") for name in ("ann", "bob")]
-        path = f"/{ann.create()['id']}/complete"
-        clients = [Person(app.test_client(), ann.user) for _ in range(2 * POOL)]
+def test_one_users_waiting_requests_leave_connections_for_others(
+    app: Flask, alice: Person, bob: Person, conn: psycopg.Connection
+) -> None:
+    path = f"/{alice.create()['id']}/complete"
+    clients = [Person(app.test_client(), alice.user) for _ in range(2 * POOL)]
+    with ThreadPoolExecutor(2 * POOL) as threads:
         with conn.transaction():
-            conn.execute("SELECT FROM taskapi.users WHERE id = %s FOR UPDATE", [ann.user])
+            conn.execute("SELECT FROM taskapi.users WHERE id = %s FOR UPDATE", [alice.user])
             with within(0.8):  # not after the lock timeout
                 done = as_completed([threads.submit(client.request, "PATCH", path) for client in clients])
                 refused = [next(done).result() for _ in range(2 * POOL - POOL * 3 // 4)]
@@ -424,7 +413,7 @@ def test_one_users_waiting_requests_leave_connections_for_others(database_url: s
                 assert_problem_in_process(answer, 429, detail=detail)
                 assert answer.headers["Retry-After"] == "1"
             assert {waiting.result().status_code for waiting in done} == {503}
-        assert ann.request("PATCH", path).status_code == 200
+        assert alice.request("PATCH", path).status_code == 200
 
 
 def test_requests_share_a_pool_that_cannot_grow(server: Server, postgres: Postgres) -> None:
@@ -449,8 +438,7 @@ def test_full_disk_allows_reads_and_no_creates(server: Server, postgres: Postgre
     tasks, task = "/api/ann/tasks", {"title": "large", "description": secrets.token_hex(5_000)}
     with ExitStack() as stack:
         stack.callback(partial(subprocess.run, ["umount", tmp_path], check=True))
-        owner = Path("/proc", str(min(postgres.processes))).stat()
-        os.chown(tmp_path, owner.st_uid, owner.st_gid)
+        shutil.chown(tmp_path, Path("/proc", str(min(postgres.processes))).owner())
         postgres.run(sql.SQL("CREATE TABLESPACE small LOCATION {}").format(sql.Literal(str(tmp_path))))
         stack.callback(postgres.run, "DROP TABLESPACE small")
         move: LiteralString = "ALTER TABLE taskapi.tasks SET TABLESPACE "

@@ -5,17 +5,19 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from typing import Any, LiteralString
 from urllib.parse import quote
 
 import pytest
-from psycopg.conninfo import conninfo_to_dict
+from psycopg.conninfo import make_conninfo
 
-from tests import issuers, processes
+from tests import processes
 from tests.clusters import Postgres
+from tests.issuers import Signer, publishing
 from tests.people import SECRET, mint
 from tests.processes import Server, Wire, ask, assert_problem, serving, serving_copy, wait_until
+from tests.servers import python_after
 
 USER = 'ann "1"\n{} \x1b[31m\u202e'
 TASKS = f"/api/{quote(USER)}/tasks"
@@ -40,8 +42,7 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
 
 @pytest.fixture(scope="module")
 def server(postgres: Postgres, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    url = f"postgresql://app:{PASSWORD}@/postgres?host={conninfo_to_dict(postgres.login)['host']}"
-    variables = {"DATABASE_URL": url, "BETTER_AUTH_SECRET": SECRET}
+    variables = {"DATABASE_URL": make_conninfo(postgres.login, password=PASSWORD), "BETTER_AUTH_SECRET": SECRET}
     with serving_copy(tmp_path_factory.mktemp("health"), variables) as server:
         yield server
         assert not re.search(f"eyJ|Rest|{SECRET}|{PASSWORD}|at character", server.stderr)
@@ -62,20 +63,6 @@ def log_lines(server: Server, request_id: str) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, server.stderr.splitlines()) if line.get("request_id") == request_id]
 
 
-def count_requests(server: Server) -> int:
-    return len(re.findall(r'"message": "request\b', server.stderr))
-
-
-@contextmanager
-def damaged(postgres: Postgres, command: LiteralString) -> Iterator[None]:
-    """Executes `command` for the length of a with block, and migrates at its end."""
-    postgres.run(command)
-    try:
-        yield
-    finally:
-        postgres.migrate()
-
-
 FAULTS: dict[str, tuple[LiteralString, str]] = {
     "down": ("", "connection to server on socket"),
     "empty": ("DROP SCHEMA taskapi CASCADE", "the schema lacks 0001_.*`taskapi migrate`"),
@@ -89,7 +76,9 @@ FAULTS: dict[str, tuple[LiteralString, str]] = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_database_fault_is_not_ready_and_logged(server: Server, postgres: Postgres, name: str) -> None:
     command, reason = FAULTS[name]
-    with damaged(postgres, command) if command else postgres.stopped():
+    with ExitStack() as stack:
+        stack.callback(postgres.migrate)
+        postgres.run(command) if command else stack.enter_context(postgres.stopped())
         wait_until(lambda: is_not_ready(server, reason), reason)
         for target, message in (("/readyz", "not ready: "), (TASKS, "database unavailable: ")):
             request_id = name.replace(" ", "-") + message[:3]
@@ -103,12 +92,13 @@ def test_database_fault_is_not_ready_and_logged(server: Server, postgres: Postgr
     assert server.ask("GET", TASKS, token=TOKEN).status == 200
 
 
-@pytest.mark.slow
 def test_missing_keys_are_not_ready_until_they_are_published(server: Server) -> None:
-    signer = issuers.Signer.new("EdDSA")
-    with issuers.publishing(signer) as issuer:
+    signer = Signer.new("EdDSA")
+    python = python_after("from taskapi import keys", "keys.COOLDOWN = 0.1")
+    with publishing(signer) as issuer:
         issuer.down()
-        with serving(server.folder, {**server.env, "BETTER_AUTH_SECRET": "", "JWKS_URL": issuer.url}) as another:
+        variables = {**server.env, "BETTER_AUTH_SECRET": "", "JWKS_URL": issuer.url}
+        with serving(server.folder, variables, python=python) as another:
             wait_until(lambda: is_not_ready(another, '"reason": ".*refused"'), "the reason is logged")
             assert is_not_ready(another, "not ready: no key to verify tokens with")
             issuer.up()
@@ -138,7 +128,7 @@ PRIVATE_REASONS |= {"Is unknown here."}  # the answer names a user, or a member 
 
 def test_each_request_has_one_log_line_with_its_id(server: Server) -> None:
     """Also pipelined ones."""
-    before = count_requests(server)
+    before = server.stderr.count('"message": "request')
     with Wire(server.url) as wire:
         for number, (sent, *_) in enumerate(REQUESTS):
             wire.send(sent.replace(b"Host", b"X-Request-ID: r%d\r\nHost" % number, 1))
@@ -155,7 +145,7 @@ def test_each_request_has_one_log_line_with_its_id(server: Server) -> None:
             assert (line["status"], line["method"], line["route"], line["user"]) == (status, method, route, user)
             assert line["duration_ms"] >= line["database_ms"] >= 0
             assert bool(line["database_ms"]) == uses_database
-    assert count_requests(server) == before + len(REQUESTS)
+    assert server.stderr.count('"message": "request') == before + len(REQUESTS)
 
 
 def test_log_on_a_terminal_is_readable_and_has_no_control_characters(server: Server) -> None:

@@ -71,8 +71,7 @@ def test_the_policies_hold_without_a_condition_of_a_statement(
     params |= {"tasks": json.dumps([{"title": "t", "is_completed": True, "priority": "none", "tags": [], **texts}])}
     params |= {"limit": 9, "since": "2000-01-01", "nonce": 7, "changes": json.dumps({"title": "stolen"})}
     params |= {"key": "new" if name == "create_tasks" else "k", "digest": "d", "user_id": alice.user}
-    params |= {"after": "zzz", "after_id": 1} if "t.title COLLATE" in text else AFTER
-    params |= texts
+    params |= texts | ({"after": "zzz", "after_id": 1} if "t.title COLLATE" in text else AFTER)
 
     # Apart from the ids, times and tags that a change makes.
     part = {"create_tasks": slice(3, None), "update_task": slice(0), "delete_tasks": slice(3)}.get(name, slice(None))

@@ -26,7 +26,7 @@ from taskapi.tokens import InvalidToken, TokenVerifier
 from tests import issuers
 from tests.issuers import PATH, KeyServer, Signer, answer, claims_of, drip, encode, hang, late, mac, override, raw
 from tests.people import SECRET, Person, assert_problem, running_app
-from tests.processes import PYTHON, wait_until
+from tests.processes import PYTHON, wait_until, within
 
 ALGORITHMS = ["RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed448"]
 LATE = 0.5  # seconds that this machine may be late
@@ -86,29 +86,28 @@ def failures(caplog: pytest.LogCaptureFixture, server: KeyServer) -> list[tuple[
     return [(record.getMessage(), vars(record)) for record in records]
 
 
-def published_as(signer: Signer) -> dict[str, dict[str, Any]]:
-    return {
-        "Auth0, Keycloak": {**signer.published, "x5c": ["MIIDDTCCAfWgAwIBAgIJ"], "x5t": "NjVBRjY5MDlCMUIw"},
-        "Clerk": signer.published,
-        "Better Auth": override(signer.published, {"use": ...}),
-        "without alg": override(signer.published, {"alg": ...}),
-        "without kid": override(signer.published, {"kid": ...}),
-        "the key alone": signer.jwk,
-        "WebCrypto": {**signer.published, "key_ops": ["verify"], "ext": True},
-    }
+FORMS: dict[str, dict[str, Any]] = {
+    "Auth0, Keycloak": {"x5c": ["MIIDDTCCAfWgAwIBAgIJ"], "x5t": "NjVBRjY5MDlCMUIw"},
+    "Clerk": {},
+    "Better Auth": {"use": ...},
+    "without alg": {"alg": ...},
+    "without kid": {"kid": ...},
+    "the key alone": {"kid": ..., "alg": ..., "use": ...},
+    "WebCrypto": {"key_ops": ["verify"], "ext": True},
+}
 
 
-@pytest.mark.parametrize("form", published_as(SIGNER))
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_key_verifies_in_every_form_that_issuers_publish(site: Site, algorithm: str, form: str) -> None:
     signer, twin = signer_of(algorithm), signer_of(algorithm, "twin")
-    site.server.keys = [published_as(one)[form] for one in (signer_of("RS256", "a"), twin, signer)]
+    site.server.keys = [override(one.published, FORMS[form]) for one in (signer_of("RS256", "a"), twin, signer)]
     site.server.keys[1] |= {"kid": signer.kid} if form != "the key alone" else {}  # all keys of one kid are tried
     assert site.ask(signer.token("u", {"typ": "JWT"})) == "u"
     assert site.ask(signer.token("u", {"kid": ..., "typ": "at+jwt"})) == "u"
     with pytest.raises(InvalidToken, match="signature"):
         site.verifier.verify(signer.token("u")[:-8] + "AAAAAAAA")
-    assert site.server.fetches == 1
+    assert len(site.server.requests) == 1
 
 
 RSA, EC, OKP = signer_of("RS256").jwk, signer_of("ES256").jwk, SIGNER.jwk
@@ -187,7 +186,7 @@ def test_keys_in_a_token_are_ignored(site: Site) -> None:
         for kid in (OTHER.kid, SIGNER.kid, ...):
             assert site.ask(OTHER.token("u", {**brought, "kid": kid})) == "InvalidToken"
         assert site.ask(SIGNER.token("u", brought)) == "u"
-        assert elsewhere.fetches == 0
+        assert elsewhere.requests == []
 
 
 def test_issuer_and_audience_are_better_auth_unless_others_are_set(server: KeyServer) -> None:
@@ -211,13 +210,10 @@ def test_issuer_and_audience_are_better_auth_unless_others_are_set(server: KeySe
 def test_key_set_and_secrets_each_have_their_own_rules(site: Site) -> None:
     url = site.server.origin
     both, hs256 = Site(site.server, secrets=(SECRET,), better_auth_url=url), mac(claims_of("u"), SECRET.encode())
-    assert (both.ask(hs256), site.server.fetches) == ("u", 0)
+    assert (both.ask(hs256), len(site.server.requests)) == ("u", 0)
     assert both.ask(SIGNER.token("v", iss=url, aud=url)) == "v"
     for token in (SIGNER.token("u"), OTHER.token("u", iss=url, aud=url), mac(claims_of("u"), b"x" * 32)):
         assert both.ask(token) == "InvalidToken"
-    for one, token in ((site, hs256), (Site(site.server, secrets=(SECRET,)), SIGNER.token("u"))):
-        with pytest.raises(InvalidToken, match="algorithm"):
-            one.verifier.verify(token)
 
 
 def test_fetch_names_this_software_and_uses_proxies(server: KeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,10 +250,10 @@ def test_new_kid_is_accepted_after_the_cooldown(site: Site) -> None:
     site.server.publish(SIGNER, OTHER)
     tokens = [OTHER.token("u", {"kid": f"{number}"}) for number in range(100)]
     assert {site.ask(token) for token in tokens} == {"InvalidToken"}  # the fetch that has just ended did not bring it
-    assert site.server.fetches == 1
+    assert len(site.server.requests) == 1
     site.ahead += keys.COOLDOWN
     assert (site.ask(OTHER.token("u")), site.ask(SIGNER.token("v"))) == ("u", "v")
-    assert site.server.fetches == 2
+    assert len(site.server.requests) == 2
 
 
 def test_new_kid_is_accepted_beside_keys_without_one(site: Site) -> None:
@@ -292,7 +288,7 @@ def test_process_that_was_idle_or_suspended_asks_before_it_accepts_a_token(site:
         site.ahead += seconds
         with ThreadPoolExecutor(4) as threads:
             assert list(threads.map(site.ask, tokens)) == expected
-    assert site.server.fetches == 3
+    assert len(site.server.requests) == 3
 
 
 def test_cached_tokens_are_verified_again_only_if_keys_changed(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +298,7 @@ def test_cached_tokens_are_verified_again_only_if_keys_changed(site: Site, monke
         for _ in range(4):
             site.ahead += 2 * keys.REFRESH + 1
             assert site.ask(token) == "u"
-    assert site.server.fetches == 5
+    assert len(site.server.requests) == 5
     site.server.publish(SIGNER, OTHER)
     site.ahead += keys.COOLDOWN
     assert site.ask(OTHER.token("v")) == "v"
@@ -379,16 +375,14 @@ def test_failing_server_costs_little_time_and_known_keys_keep_working(
     site.ahead += keys.COOLDOWN
     assert site.timed(OTHER.token("u"), keys.TIMEOUT) == ("KeysUnavailable", True)
     if reason != SLOW_HEAD:
-        started = time.monotonic()
-        with pytest.raises(ValueError, match=reason):
+        with within(keys.TIMEOUT + LATE), pytest.raises(ValueError, match=reason):
             KeySetClient(site.server.url).fetch_keys()
-        assert time.monotonic() - started < keys.TIMEOUT + LATE
     for message, fields in failures(caplog, site.server):
         assert message == f"key set refresh failed: {fields['reason']}"
         assert re.search(reason, fields["reason"])
     assert failures(caplog, site.server)
     assert set(site.server.paths) == {PATH}
-    assert site.server.fetches <= 4
+    assert len(site.server.requests) <= 4
 
 
 def test_log_of_a_failure_holds_no_secret(server: KeyServer, caplog: pytest.LogCaptureFixture) -> None:
@@ -407,9 +401,7 @@ def test_unknown_kid_is_401_and_while_the_server_is_down_503(site: Site, caplog:
     caplog.set_level("INFO", "taskapi")
     with running_app(secrets=(), jwks_url=site.server.url) as app:  # without a database: its best answer is 403
         known, unknown = (Person(app.test_client(), "another", signer.token("u")) for signer in (SIGNER, OTHER))
-        response = unknown.request("GET")
-        assert_problem(response, 401, detail="The token's signature is invalid.")
-        assert 'error="invalid_token"' in response.headers["WWW-Authenticate"]
+        assert_problem(unknown.request("GET"), 401, detail="The token's signature is invalid.")
         site.server.down()
         site.ahead += keys.COOLDOWN
         for _ in range(2):
@@ -446,7 +438,7 @@ def test_unknown_kids_hold_two_requests_at_most_and_no_known_token(site: Site, m
         assert set(threads.map(site.timed, [cached, SIGNER.token("new")] * 8)) == {("cached", True), ("new", True)}
     found = sorted(one.result() for one in flood)
     assert found == [("KeysUnavailable", False)] * 2 + [("KeysUnavailable", True)] * 14
-    assert site.server.fetches == 2
+    assert len(site.server.requests) == 2
 
 
 @pytest.mark.parametrize(("owner", "name"), [(threading.Thread, "start"), (KeySetClient, "fetch_data")])
@@ -460,13 +452,6 @@ def test_known_keys_work_if_refreshes_fail(site: Site, monkeypatch: pytest.Monke
     assert site.ask(OTHER.token("v")) == "InvalidToken"
 
 
-def test_keys_are_first_fetched_by_a_request_and_no_thread_stays(site: Site) -> None:
-    assert site.server.fetches == 0
-    assert [site.ask(SIGNER.token(user)) for user in "abc"] == ["a", "b", "c"]
-    assert site.server.fetches == 1
-    wait_until(lambda: "taskapi-jwks" not in {thread.name for thread in threading.enumerate()}, "the thread ends")
-
-
 FORK = """
 import os, signal, sys, threading
 from taskapi import Settings, keys, tokens
@@ -475,8 +460,6 @@ keys.REFRESH, keys.COOLDOWN = 0.2, 0.1
 url, old, new = sys.argv[1:]
 verifier = tokens.TokenVerifier(Settings(jwks_url=url))
 verifier.verify(old)
-print("fetched", flush=True)
-sys.stdin.readline()
 while not verifier.key_set._thread.is_alive():
     verifier.cached_user(old)
 keys._lock.acquire()
@@ -493,10 +476,7 @@ assert verifier.verify(new).id == "new"
 def test_process_that_was_forked_during_a_fetch_fetches_keys_by_itself(server: KeyServer) -> None:
     python = [*PYTHON, "-W", "ignore::DeprecationWarning"]  # Python 3.12 warns of every fork beside threads
     command = [*python, "-c", FORK, server.url, SIGNER.token("old"), OTHER.token("new")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stdout.readline() == b"fetched\n"
-        server.publish(OTHER)
-        server.behave = lambda *sock: (hang if server.fetches == 2 else issuers.publish)(*sock)
-        process.communicate(b"\n")
-        assert process.returncode == 0
+    server.publish(OTHER)
+    first = [answer(GOOD), hang]
+    server.behave = lambda *sock: (first.pop(0) if first else issuers.publish)(*sock)
+    subprocess.run(command, check=True)

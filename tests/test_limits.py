@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import operator
 import shutil
 import signal
 import threading
@@ -239,10 +240,9 @@ def test_people_can_work_without_redis(
         with redis_server(tmp_path, port) as process:
             assert ann.request("GET").status_code == 200
             process.stop(signal.SIGKILL) if fault == "killed" else processes.freeze(process.popen.pid)
-            begin = time.monotonic()
-            assert statuses(ann.request("GET") for _ in range(20)) == {200: 20}
-            assert_problem(ask(client, "Bearer a.b.c"), 401)
-            assert time.monotonic() - begin < 1
+            with processes.within(1):
+                assert statuses(ann.request("GET") for _ in range(20)) == {200: 20}
+                assert_problem(ask(client, "Bearer a.b.c"), 401)
             [record] = [record for record in caplog.records if record.name == "taskapi.limits"]  # so it was asked once
             assert record.levelname == "ERROR"
             assert record.getMessage().startswith("no rate limits for 0.5 s: ")
@@ -281,10 +281,9 @@ def test_trusted_proxy_is_an_address_or_a_network_of_either_version() -> None:
 
 def test_trusted_proxy_alone_names_the_url(database_url: str) -> None:
     fields = {"proto": "gopher, https", "host": "evil.example, tasks.example", "prefix": "/x, /todo"}
-    seen = seen_behind("10.1.2.3", **fields)
-    assert (seen["wsgi.url_scheme"], seen["HTTP_HOST"], seen["SCRIPT_NAME"]) == ("https", "tasks.example", "/todo")
-    seen = seen_behind("192.0.2.9", **fields)
-    assert (seen["wsgi.url_scheme"], seen["HTTP_HOST"], seen["SCRIPT_NAME"]) == ("http", "127.0.0.1:8000", "")
+    url_of = operator.itemgetter("wsgi.url_scheme", "HTTP_HOST", "SCRIPT_NAME")
+    assert url_of(seen_behind("10.1.2.3", **fields)) == ("https", "tasks.example", "/todo")
+    assert url_of(seen_behind("192.0.2.9", **fields)) == ("http", "127.0.0.1:8000", "")
     assert seen_behind("10.1.2.3", prefix="/\xe9")["SCRIPT_NAME"] == ""  # no header of an answer could have it
     with limited(database_url, trusted_proxy="127.0.0.1") as client:
         response = Person(client, "ann").request("POST", json={"title": "t"}, headers={"X-Forwarded-Prefix": "/todo"})

@@ -16,51 +16,44 @@ import taskapi
 from taskapi import ConfigError, Settings
 from tests.issuers import Signer, publishing
 from tests.people import SECRET, UNREACHABLE, mint
-from tests.processes import PYTHON, environment, free_port, readme, serving, shared_copy, started, wait_until
+from tests.processes import PYTHON, Wire, environment, free_port, readme, shared_copy, started, wait_until, within
 from tests.servers import raise_timeouts, serving_with, tasks_locked
 
 LIST = 'method="GET",route="/api/{user_id}/tasks"'
 folder = shared_copy(raise_timeouts)
 
 
-def scrape(port: int) -> dict[str, float]:
+@pytest.fixture
+def variables(variables: dict[str, str]) -> dict[str, str]:
+    return variables | {"METRICS": f"127.0.0.1:{free_port()}"}
+
+
+def scrape(variables: dict[str, str]) -> dict[str, float]:
     """The metrics by name and labels; none while there is no answer, or a process is just making its files."""
-    with contextlib.suppress(URLError), urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+    with contextlib.suppress(URLError), urlopen(f"http://{variables['METRICS']}/metrics", timeout=10) as response:
         lines = [line.rpartition(" ") for line in response.read().decode().splitlines() if not line.startswith("#")]
         return {name: float(value) for name, _, value in lines}
     return {}
 
 
-@pytest.fixture
-def port() -> int:
-    return free_port()
-
-
-@pytest.fixture
-def variables(variables: dict[str, str], port: int) -> dict[str, str]:
-    return variables | {"METRICS": f"127.0.0.1:{port}"}
-
-
-@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("name", "workers"), [("waitress", 1), pytest.param("granian", 2, marks=pytest.mark.slow)])
 def test_requests_are_counted_whatever_process_served_them(
-    folder: Path, variables: dict[str, str], port: int, workers: int, tmp_path: Path
+    folder: Path, variables: dict[str, str], name: str, workers: int, tmp_path: Path
 ) -> None:
     """One process serves its own metrics; those of granian's workers are served by `taskapi metrics`."""
     with contextlib.ExitStack() as stack:
-        if workers == 1:
-            server = stack.enter_context(serving(folder, variables, token=mint("ann")))
-        else:
+        if workers > 1:
             variables["PROMETHEUS_MULTIPROC_DIR"] = str(tmp_path)
-            server = stack.enter_context(serving_with("granian", folder, variables, token=mint("ann"), workers=workers))
             command = [*PYTHON, "-m", "taskapi", "metrics"]
             exporter = stack.enter_context(started(command, folder, environment(**variables)))
+        server = stack.enter_context(serving_with(name, folder, variables, token=mint("ann"), workers=workers))
         for _ in range(20):
             assert server.ask("GET", "/api/ann/tasks").status == 200
         assert server.ask("GET", "/api/ann/tasks", token="x.y.z").status == 401
         assert server.ask("GET", "/api/ann/tasks/0").status == 404
         assert server.ask("BREW", "/metrics").status == 404
-        wait_until(lambda: scrape(port), "there are metrics")
-        found = scrape(port)
+        wait_until(lambda: scrape(variables), "there are metrics")
+        found = scrape(variables)
         if workers > 1:
             assert exporter.stop() == 0
             assert exporter.stderr == ""
@@ -81,29 +74,29 @@ def test_requests_are_counted_whatever_process_served_them(
         assert not [name for name in watched if not any(key.startswith(name) for key in found)]
 
 
-def test_pool_and_age_of_the_key_set_are_read_at_a_scrape(folder: Path, variables: dict[str, str], port: int) -> None:
+def test_pool_and_age_of_the_key_set_are_read_at_a_scrape(folder: Path, variables: dict[str, str]) -> None:
     expected = {'taskapi_pool_connections{state="in use"}': 6, 'taskapi_pool_connections{state="waiting"}': 0}
     signer = Signer.new("EdDSA")
     with publishing(signer) as issuer, ThreadPoolExecutor(6) as threads:
         variables["JWKS_URL"] = issuer.url
-        with serving(folder, variables, token=signer.token("ann")) as server:
+        with serving_with("waitress", folder, variables, token=signer.token("ann")) as server:
             assert server.ask("GET", "/api/ann/tasks").status == 200
-            age = scrape(port)["taskapi_key_set_age_seconds"]
+            age = scrape(variables)["taskapi_key_set_age_seconds"]
             with tasks_locked(variables["DATABASE_URL"]) as wait_for:
                 users = ["ann", "ben"] * 3
                 waiting = [threads.submit(server.ask, "GET", f"/api/{u}/tasks", None, mint(u)) for u in users]
                 wait_for(6)
-                wait_until(lambda: expected.items() <= scrape(port).items(), "the connections in use")
+                wait_until(lambda: expected.items() <= scrape(variables).items(), "the connections in use")
             assert {one.result().status for one in waiting} <= {200, 503}
-            assert scrape(port)["taskapi_key_set_age_seconds"] > age
+            assert scrape(variables)["taskapi_key_set_age_seconds"] > age
 
 
-def test_slow_scrapers_delay_neither_another_nor_the_stop(folder: Path, variables: dict[str, str], port: int) -> None:
-    with serving(folder, variables) as server, contextlib.ExitStack() as stack:
+def test_slow_scrapers_delay_neither_another_nor_the_stop(folder: Path, variables: dict[str, str]) -> None:
+    with serving_with("waitress", folder, variables) as server, contextlib.ExitStack() as stack:
         for _ in range(5):
-            stack.enter_context(socket.create_connection(("127.0.0.1", port))).send(b"G")
-        with urlopen(f"http://127.0.0.1:{port}/metrics", timeout=2) as response:
-            assert response.status == 200
+            stack.enter_context(Wire(f"http://{variables['METRICS']}")).send(b"G")
+        with within(2):
+            assert scrape(variables)
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(5) == 0
 

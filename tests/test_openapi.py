@@ -22,13 +22,12 @@ from openapi_spec_validator import OpenAPIV31SpecValidator
 from werkzeug.test import TestResponse
 
 import taskapi
-from taskapi import Settings, openapi, schemas
-from taskapi.context import get_api
+from taskapi import openapi, schemas
 from taskapi.idempotency import KEY_PATTERN
 from tests.issuers import install_node_package
-from tests.people import SECRET, UNREACHABLE, Answer, Person, mint, new_person, running_app
+from tests.people import Answer, Person, mint, new_person, running_app
 from tests.processes import CHECKOUT, Server, environment, run, serving_copy
-from tests.test_embedding import host
+from tests.test_embedding import host, mounted
 
 Document = dict[str, Any]
 Operations = dict[str, tuple[str, str, dict[str, Any]]]
@@ -89,11 +88,8 @@ def test_document_and_its_examples_are_valid_and_served(document: Document, clie
     assert (document["openapi"], document["info"]["version"]) == ("3.1.0", taskapi.VERSION)
     response = client.get("/openapi.json")
     assert (response.status_code, response.content_type) == (200, "application/json")
-    assert response.headers["Cache-Control"] == "no-cache"
     assert openapi.document(app) == document
     assert response.json == document | {"servers": [{"url": "/"}]}
-    unchanged = client.get("/openapi.json", headers={"If-None-Match": response.headers["ETag"]})
-    assert (unchanged.status_code, unchanged.data) == (304, b"")
     parts = [document["components"]["schemas"]["Task"]]
     parts += [parameter["schema"] for parameter in document["components"]["parameters"].values()]
     examples = [(part, example) for part in parts for example in part.get("examples", ())]
@@ -111,7 +107,6 @@ def test_operations_are_the_routes(app: Flask, operations: Operations) -> None:
         for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}
     }
     assert {(path, method) for path, method, _ in operations.values()} == routes
-    assert len(operations) == len(routes) == 10
 
 
 def test_schemas_have_the_members_and_defaults_of_a_new_task(document: Document, alice: Person) -> None:
@@ -195,7 +190,6 @@ def test_patterns_and_rules_agree_about_every_character(document: Document) -> N
 
 @pytest.mark.parametrize("name", ["create_task", "update_task", "complete_task"])
 def test_examples_of_bodies_work(document: Document, operations: Operations, client: FlaskClient, name: str) -> None:
-    assert ("requestBody" in operations[name][2]) == (name in BODIES)
     path, method, operation = operations[name]
     content = operation["requestBody"]["content"]["application/json"]
     assert content["examples"]
@@ -292,11 +286,9 @@ def test_delete_of_more_than_a_page_is_documented(document: Document, operations
 
 
 def test_host_app_has_the_document_with_its_prefix(document: Document) -> None:
-    app = host()
-    taskapi.init_app(app, Settings(database_url=UNREACHABLE, secrets=(SECRET,)), url_prefix="/todo/v1")
-    found = openapi.document(app)
-    assert app.test_client().get("/openapi.json").status_code == 404
-    get_api(app).database.close()
+    with mounted(host(), prefix="/todo/v1") as ann:
+        found = openapi.document(ann.client.application)
+        assert ann.client.get("/openapi.json").status_code == 404
     OpenAPIV31SpecValidator(found).validate()
     moved = {f"/todo/v1{path.removeprefix('/api')}": item for path, item in document["paths"].items() if "{" in path}
     assert found == {**document, "paths": moved}
@@ -342,13 +334,11 @@ def test_clients_generated_for_typescript_do_the_tour(document: Document, server
         run(f"node_modules/.bin/{command}".split(), client, os.environ)
     types = (client / "schema.d.ts").read_text()
     assert all(f" {name}: {{\n" in types for name in ("NewTask", "TaskChanges", "TaskState", "Task"))
-    scripts = ("tour.js", "validated.js")
-    tour, validated = (json.loads(run(["node", script], client, account(server))) for script in scripts)
+    tour, validated = (json.loads(run(["node", name], client, account(server))) for name in ("tour.js", "validated.js"))
     stale = "It was changed since you read it. Nothing was changed now."
     expected = {"changed": "about the boat", "completed": True, "same": True, "chosen": ["Sail"], "stale": stale}
     assert tour == {**expected, "deleted": True, "gone": [True] * 3, "rest": ["Paint", "Sail"]}
-    gone = "No task with this id."
-    assert validated == {"read": True, "done": True, "listed": ["high"], "deleted": 1, "gone": gone}
+    assert validated == {"read": True, "done": True, "listed": ["high"], "deleted": 1, "gone": "No task with this id."}
 
 
 PYTHON_TOUR = """

@@ -115,12 +115,6 @@ def test_connection_is_kept_until_a_request_asks_to_close_it(wire: Wire, connect
     assert wire.is_closed()
 
 
-def test_request_is_read_in_any_pieces(wire: Wire) -> None:
-    whole = post(TASK)
-    for cut in (0, 1, 16, len(whole) - len(TASK) - 1, len(whole) - len(TASK), len(whole) - 1):
-        assert wire.send(whole[:cut], whole[cut:]).answer().status == 201, cut
-
-
 ABSOLUTE = [("http://a:80?b", "a:80", "/"), ("HTTPS://[::1]/c%20d", "[::1]", "/c d"), ("//a/b", "other.org", "//a/b")]
 
 

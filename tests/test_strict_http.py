@@ -2,7 +2,7 @@
 
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import pytest
 from tests.people import mint
 from tests.processes import Server, Wire, request, serving, shared_copy
 from tests.servers import connected, serving_with
-from tests.strict_http import Incomplete, Outcome, Refusal, Request, generate, read
+from tests.strict_http import Incomplete, Outcome, Reader, Refusal, Request, generate
 
 CASES = list(generate(9112, 1000, b"/api/ann/tasks"))
 FIRST = request("GET", "/livez")
@@ -40,7 +40,7 @@ folder = shared_copy()
     ],
 )
 def test_reader(data: bytes, expected: Outcome) -> None:
-    assert read(FIRST + data) == [Request(b"GET", b"/livez", b"", True), expected]
+    assert list(Reader(FIRST + data)) == [Request(b"GET", b"/livez", b"", True), expected]
 
 
 @pytest.fixture(scope="module")
@@ -66,12 +66,12 @@ def test_server_agrees(server: Server, way: str) -> None:
                 time.sleep(0.002)  # the server reads these before the next ones come
             for wire, data in zip(wires, batch, strict=True):
                 try:
-                    compare(wire, read(data))
+                    compare(wire, Reader(data))
                 except (AssertionError, OSError) as error:
-                    pytest.fail(f"{data!r} must be read as {read(data)}: {error!r}")
+                    pytest.fail(f"{data!r} must be read as {list(Reader(data))}: {error!r}")
 
 
-def compare(wire: Wire, outcomes: list[Outcome]) -> None:
+def compare(wire: Wire, outcomes: Iterable[Outcome]) -> None:
     for outcome in outcomes:
         if isinstance(outcome, Incomplete):
             wire.sock.settimeout(0.05)

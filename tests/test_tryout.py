@@ -14,8 +14,9 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -76,7 +77,9 @@ def test_start_prints_the_data_folder_and_a_curl_line_that_works(warm: Path) -> 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, "killed", "all killed"])
 def test_tasks_tokens_and_the_secret_survive(warm: Path, end: signal.Signals | str) -> None:
-    data, secret = warm / ".taskapi" / "postgres", warm / ".taskapi" / "secret"
+    """And other users can neither read the files nor hold the locks."""
+    secret, lock = warm / ".taskapi" / "secret", warm / ".taskapi" / "lock"
+    lock.chmod(0o644)  # as an older version left it
     with serving(warm) as server:
         task = server.ask("POST", TASKS, {"title": "Buy milk"}).json
         before = secret.read_text()
@@ -96,7 +99,8 @@ def test_tasks_tokens_and_the_secret_survive(warm: Path, end: signal.Signals | s
     assert_nothing_runs(warm)
     assert secret.read_text() == before
     assert len(before) >= 32
-    assert (secret.stat().st_mode & 0o777, data.stat().st_mode & 0o777) == (0o600, 0o700)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (warm / ".taskapi").iterdir()}
+    assert modes == dict.fromkeys(["lock", "postgres.log", "secret", "users"], 0o600) | {"postgres": 0o700}
 
 
 @pytest.mark.parametrize("sign", ["postgres/postmaster.pid", "initdb-*/base"])
@@ -129,14 +133,6 @@ def test_pid_file_with_the_number_of_another_process_harms_neither(warm: Path) -
             assert server.stop() == 0
         assert unrelated.popen.poll() is None
     assert_nothing_runs(warm)
-
-
-def test_other_users_can_neither_read_the_files_nor_hold_the_locks(warm: Path) -> None:
-    (warm / ".taskapi" / "lock").chmod(0o644)  # as an older version left it
-    with serving(warm) as server:
-        assert server.stop() == 0
-    modes = {path.name: path.stat().st_mode & 0o077 for path in (warm / ".taskapi").iterdir()}
-    assert modes == dict.fromkeys(["lock", "postgres", "postgres.log", "secret", "users"], 0)
 
 
 def test_removed_data_folder_delays_neither_the_stop_nor_the_next_start(folder: Path) -> None:
@@ -218,14 +214,6 @@ def shared_python() -> list[str]:
     pytest.skip("needs a Python that other users than root may run")
 
 
-@pytest.fixture
-def shared_folder() -> Iterator[Path]:
-    """A copy of the tree, owned by root, that all users may read."""
-    with tempfile.TemporaryDirectory() as parent, copied(Path(parent, "checkout")) as folder:
-        Path(parent).chmod(0o755)
-        yield folder
-
-
 def test_data_moves_to_a_server_as_the_readme_says(folder: Path, new_database: Callable[..., str]) -> None:
     lines = processes.readme("Move a try-out to a server", "sh")
     url, site = new_database(), sysconfig.get_path("purelib")
@@ -241,14 +229,10 @@ def test_data_moves_to_a_server_as_the_readme_says(folder: Path, new_database: C
         assert new.ask("POST", TASKS, {"title": "Buy milk"}, server.token).json["id"] > tasks[-1]["id"]
 
 
-def refusal(
-    folder: Path, variables: Mapping[str, str] | None = None, command: Sequence[str] = PYTHON, uid: int | None = None
-) -> str:
+def refusal(folder: Path, command: Sequence[str] = PYTHON, uid: int | None = None, **variables: str) -> str:
     """The one line with which a start is refused."""
-    ended = subprocess.run(
-        [*command, "wsgi.py"], cwd=folder, env=environment(**variables or {}), capture_output=True, text=True,
-        timeout=30, check=False, user=uid, group=uid,
-    )  # fmt: skip
+    kwargs: Any = {"capture_output": True, "text": True, "timeout": 30, "user": uid, "group": uid}
+    ended = subprocess.run([*command, "wsgi.py"], cwd=folder, env=environment(**variables), check=False, **kwargs)
     assert (ended.returncode, ended.stdout) == (1, "")
     line = json.loads(ended.stderr.splitlines()[-1])["message"]
     assert line.startswith("taskapi cannot start: ")
@@ -259,7 +243,7 @@ def refusal(
 def test_address_that_cannot_be_used_is_refused(folder: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        line = refusal(folder, {"PORT": str(port)})
+        line = refusal(folder, PORT=str(port))
     assert line == f"cannot listen on 127.0.0.1:{port} (Address already in use): set HOST or PORT"
     assert not (folder / ".taskapi").exists()
     with pytest.raises(ConfigError, match=r"^cannot listen on 192\.0\.2\.1:0 \(Cannot assign .*\): set HOST or PORT$"):
@@ -273,24 +257,26 @@ def test_host_of_two_colons_is_every_address_of_both_families() -> None:
             socket.create_connection((host, sock.getsockname()[1]), 5).close()
 
 
-def test_unprivileged_user_can_run_it_in_an_own_folder(shared_python: list[str], shared_folder: Path) -> None:
-    line = refusal(shared_folder, command=shared_python, uid=UNPRIVILEGED)
-    assert line == f"cannot write to {shared_folder}/.taskapi (Permission denied): set DATABASE_URL"
-    (shared_folder / ".taskapi").mkdir(0o777)
-    (shared_folder / ".taskapi").chmod(0o777)
-    line = refusal(shared_folder, command=shared_python, uid=UNPRIVILEGED)
-    assert line.startswith(f"{shared_folder}/.taskapi belongs to another user: ")
-    (shared_folder / ".taskapi").rename(shared_folder.parent / ".taskapi")  # where it is passed over
-    subprocess.run(["chown", "-R", f"{NAMELESS}:{NAMELESS}", shared_folder], check=True)
-    line = refusal(shared_folder, command=shared_python, uid=NAMELESS)  # as initdb would
-    assert re.fullmatch(f".*{NAMELESS}.*: set DATABASE_URL", line)
-    subprocess.run(["chown", "-R", f"{UNPRIVILEGED}:{UNPRIVILEGED}", shared_folder], check=True)
-    with serving(shared_folder, python=shared_python, uid=UNPRIVILEGED) as server:
-        assert server.ask("POST", TASKS, {"title": "Buy milk"}).status == 201
-        assert {Path(f"/proc/{pid}").stat().st_uid for pid in processes_in(shared_folder)} == {UNPRIVILEGED}
-        assert (server.stop(), server.complaints) == (0, [])
-    assert_nothing_runs(shared_folder)
-    assert (shared_folder / ".taskapi" / "secret").stat().st_mode & 0o777 == 0o600
+def test_unprivileged_user_can_run_it_in_an_own_folder(shared_python: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as parent, copied(Path(parent, "checkout")) as folder:
+        Path(parent).chmod(0o755)  # all users may read the tree, which root owns
+        line = refusal(folder, command=shared_python, uid=UNPRIVILEGED)
+        assert line == f"cannot write to {folder}/.taskapi (Permission denied): set DATABASE_URL"
+        (folder / ".taskapi").mkdir(0o777)
+        (folder / ".taskapi").chmod(0o777)
+        line = refusal(folder, command=shared_python, uid=UNPRIVILEGED)
+        assert line.startswith(f"{folder}/.taskapi belongs to another user: ")
+        (folder / ".taskapi").rename(folder.parent / ".taskapi")  # where it is passed over
+        subprocess.run(["chown", "-R", f"{NAMELESS}:{NAMELESS}", folder], check=True)
+        line = refusal(folder, command=shared_python, uid=NAMELESS)  # as initdb would
+        assert re.fullmatch(f".*{NAMELESS}.*: set DATABASE_URL", line)
+        subprocess.run(["chown", "-R", f"{UNPRIVILEGED}:{UNPRIVILEGED}", folder], check=True)
+        with serving(folder, python=shared_python, uid=UNPRIVILEGED) as server:
+            assert server.ask("POST", TASKS, {"title": "Buy milk"}).status == 201
+            assert {Path(f"/proc/{pid}").stat().st_uid for pid in processes_in(folder)} == {UNPRIVILEGED}
+            assert (server.stop(), server.complaints) == (0, [])
+        assert_nothing_runs(folder)
+        assert (folder / ".taskapi" / "secret").stat().st_mode & 0o777 == 0o600
 
 
 def test_missing_extra_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +298,7 @@ def test_env_file_that_is_not_utf8_is_refused(folder: Path, text: bytes) -> None
 def test_env_file_is_read_the_environment_wins_and_a_file_is_no_data_folder(folder: Path) -> None:
     (folder.parent / ".env").write_text("\ufeffHOST=a..b\nBETTER_AUTH_SECRET=short\n")
     assert "BETTER_AUTH_SECRET" in refusal(folder)
-    assert "a..b" in refusal(folder, {"BETTER_AUTH_SECRET": SECRET})
+    assert "a..b" in refusal(folder, BETTER_AUTH_SECRET=SECRET)
     assert not (folder / ".taskapi").exists()
     (folder / ".taskapi").touch()
-    assert refusal(folder, {"HOST": "127.0.0.1", "BETTER_AUTH_SECRET": ""}).startswith(f"cannot write to {folder}/")
+    assert refusal(folder, HOST="127.0.0.1", BETTER_AUTH_SECRET="").startswith(f"cannot write to {folder}/")

@@ -32,26 +32,22 @@ from tests.clusters import Database, Postgres
 from tests.people import SECRET, mint
 from tests.processes import CHECKOUT, TIMEOUT, Process, Wire, ask, copied, environment, free_port, started, wait_until
 from tests.servers import listens
-from tests.soak import processes_of
 
 HERE = Path(__file__).parent
 GRANIAN = "-m granian --interface wsgi --workers 1 --blocking-threads 8 wsgi:app --port {port}"
 UVICORN = "-m uvicorn --no-access-log --log-level warning --port {port} tests.benchmarks.stacks."
 STACKS = {
-    "waitress": "wsgi.py",
-    "granian": GRANIAN,
-    "million": GRANIAN,
-    "plain": f"{UVICORN}plain:app",
-    "equal": f"{UVICORN}equal:app",
-    "sqlmodel": f"{UVICORN}sqlmodel:app",
+    "waitress": ("wsgi.py", "#1f6f54"),
+    "granian": (GRANIAN, "#5fb08f"),
+    "million": (GRANIAN, "#a7d3c1"),
+    "plain": (f"{UVICORN}plain:app", "#c9a227"),
+    "equal": (f"{UVICORN}equal:app", "#e0c878"),
+    "sqlmodel": (f"{UVICORN}sqlmodel:app", "#a9a9a9"),
 }
+"""How each is started, and its colour in the plot."""
 OURS = ("waitress", "granian", "million")
 MILLION = 1_000_000
 MOST = {"sqlmodel": 64}  # connections: with 256 all its threads wait for a connection to PostgreSQL, and it hangs
-COLOURS = {
-    "waitress": "#1f6f54", "granian": "#5fb08f", "million": "#a7d3c1", "plain": "#c9a227", "equal": "#e0c878",
-    "sqlmodel": "#a9a9a9",
-}  # fmt: skip
 
 METHOD = f"""\
 The servers, PostgreSQL (with its default settings) and wrk share this machine: compare figures of this page only. The
@@ -78,8 +74,7 @@ class Failed(Exception):
 class DefaultPostgres(Postgres):
     """PostgreSQL with its default settings, fsync too."""
 
-    def _initdb(self) -> None:
-        Cluster._initdb(self)
+    _initdb = Cluster._initdb
 
 
 class Run(NamedTuple):
@@ -98,52 +93,41 @@ class Figures(NamedTuple):
 
 @dataclass(frozen=True)
 class Stack:
-    """A running server, and the tasks in its database."""
+    """A running server, the tasks in its database, and the seconds from its start to its first answer."""
 
     url: str
     process: Process
     tasks: Tasks
+    start: float = 0
 
     def memory(self) -> float:
         """Megabytes of its largest process."""
-        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in processes_of(self.process)]
+        pages = [int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in self.process.pids]
         return max(pages) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-    def cpu_seconds(self) -> float:
-        """Of all its processes."""
-        stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2] for pid in processes_of(self.process)]
-        return sum(int(text.split()[field]) for text in stats for field in (11, 12)) / os.sysconf("SC_CLK_TCK")
 
     def wait_until_idle(self) -> None:
         """Closed connections leave work, which must not slow the next run."""
         before = -1.0
-        while (now := self.cpu_seconds()) > before + 0.01:
+        while (now := self.process.usage.cpu_seconds) > before + 0.01:
             before = now
             time.sleep(0.1)
 
-    def status(self, request: bytes) -> int:
-        with Wire(self.url) as wire:
-            return wire.send(request).answer().status
-
 
 @contextlib.contextmanager
-def serving(name: str, database: Database, tasks: Tasks, folder: Path) -> Iterator[tuple[Stack, float]]:
-    """Runs a stack, taskapi in `folder`, a copy of the tree. Yields also the seconds to its first answer."""
+def serving(name: str, tasks: Tasks, folder: Path) -> Iterator[Stack]:
+    """Runs a stack, taskapi in `folder`, a copy of the tree."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     login = "plain" if name in ("plain", "sqlmodel") else "app"
-    env = environment(
-        DATABASE_URL=database.url.replace("postgres@", f"{login}@"),
-        BETTER_AUTH_SECRET=SECRET,
-        RATE_LIMIT_REFUSED="1000000000/minute",
-    )
-    command = [sys.executable, *STACKS[name].format(port=port).split()]
+    env = environment(DATABASE_URL=tasks.url.replace("postgres@", f"{login}@"), BETTER_AUTH_SECRET=SECRET)
+    env |= {"PORT": str(port), "RATE_LIMIT_REFUSED": "1000000000/minute"}
+    command = [sys.executable, *STACKS[name][0].format(port=port).split()]
     begin = time.monotonic()
-    with started(command, folder if name in OURS else CHECKOUT, env | {"PORT": str(port)}) as process:
+    with started(command, folder if name in OURS else CHECKOUT, env) as process:
         wait_until(lambda: process.popen.poll() is not None or listens(port), "it listens")
         assert process.popen.poll() is None, process.stderr
         ask(url, "GET", "/api/ann/tasks", token=mint("ann"))
-        yield Stack(url, process, tasks), time.monotonic() - begin
+        yield Stack(url, process, tasks, time.monotonic() - begin)
 
 
 def check(stacks: dict[str, Stack]) -> None:
@@ -154,19 +138,26 @@ def check(stacks: dict[str, Stack]) -> None:
             raise Failed(f"{name} answers differently")
         stack.tasks.settle()
         for kind, work in WORKS.items():
-            for request, _ in zip(work.requests(stack.tasks), range(2), strict=False):
-                if (status := stack.status(request)) not in (work.status, work.status + (kind == "mix")):
+            for request in itertools.islice(work.requests(stack.tasks), 2):
+                with Wire(stack.url) as wire:
+                    status = wire.send(request).answer().status
+                if status not in (work.status, work.status + (kind == "mix")):
                     raise Failed(f"{name} answers {status} to {kind}")
 
 
-def measure(stack: Stack, work: Work, file: Path, connections: int, seconds: int) -> Figures:
+def measure(stack: Stack, work: Work, connections: int, seconds: int) -> Figures:
     """Keeps that many connections busy. Raises Failed unless every request has the expected status."""
+    if work.writes:
+        stack.tasks.settle()
     os.ftruncate(stack.process.err.fileno(), 0)  # the log, which would fill the disk
     options = ("-t1", f"-c{connections}", f"-d{seconds}s", f"--timeout={TIMEOUT}s", "--latency")
-    command = ["wrk", *options, "--script", str(HERE / "wrk.lua"), stack.url, "--", str(file)]
-    before = stack.cpu_seconds()
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + TIMEOUT).stdout
-    cpu = stack.cpu_seconds() - before
+    with tempfile.NamedTemporaryFile() as file:
+        file.writelines(b"%d\n%b" % (len(one), one) for one in work.requests(stack.tasks))
+        file.flush()
+        command = ["wrk", *options, "--script", str(HERE / "wrk.lua"), stack.url, "--", file.name]
+        before = stack.process.usage.cpu_seconds
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=seconds + TIMEOUT).stdout
+        cpu = stack.process.usage.cpu_seconds - before
     found = json.loads(output.splitlines()[-1])
     refused = found["requests"] if work.status >= 400 else 0
     if not found["requests"] or found["broken"] or found["refused"] != refused:
@@ -181,24 +172,23 @@ class Results(dict[Run, list[Figures]]):
     def median(self, run: Run) -> Figures:
         return Figures(*map(statistics.median, zip(*self[run], strict=True)))
 
-    def ratio(self, run: Run, stack: str) -> float:
+    def ratio(self, run: Run, rival: str) -> str:
         """How many times the requests of another stack: the median of the rounds' ratios, since what slows the machine
-        for a while slows both."""
-        pairs = zip(self[run], self[run._replace(stack=stack)], strict=True)
-        return statistics.median(one.rate / other.rate for one, other in pairs)
+        for a while slows both. Nothing for a rival itself, and without a run to compare with."""
+        if run.stack not in OURS or not (others := self.get(run._replace(stack=rival))):
+            return ""
+        return f"{statistics.median(one.rate / other.rate for one, other in zip(self[run], others, strict=True)):.2f}"
 
 
 def table(results: Results, stacks: Iterable[str]) -> str:
     rivals = [name for name in stacks if name not in OURS]
-    rows = []
-    for run in results:
-        found = results.median(run)
-        known = [rival if run.stack in OURS and run._replace(stack=rival) in results else None for rival in rivals]
-        ratios = [f"{results.ratio(run, rival):.2f}" if rival else "" for rival in known]
-        rows.append([run.work, str(run.connections), run.stack, f"{found.rate:,.0f}", *ratios, f"{found.p99:.1f}"])
-        rows[-1].append(f"{found.cpu:.0f}")
     head = ["request", "connections", "stack", "requests/s", *(f"÷ {rival}" for rival in rivals)]
     head += ["99th percentile, ms", "processor time, µs"]
+    rows = []
+    for run in results:
+        rate, p99, cpu = results.median(run)
+        ratios = [results.ratio(run, rival) for rival in rivals]
+        rows.append([run.work, f"{run.connections}", run.stack, f"{rate:,.0f}", *ratios, f"{p99:.1f}", f"{cpu:.0f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)) + "\n"
 
 
@@ -216,7 +206,7 @@ def plot(results: Results, connections: int, file: Path) -> None:
             rates = [results.median(Run(name, work, connections)).rate for work in works]
             rows = [row + 0.8 * (place + 0.5) / len(names) - 0.4 for row in range(len(works))]
             label = f"taskapi, {name}" if name in OURS else f"FastAPI, {name}"
-            bars = axes.barh(rows, rates, 0.8 / len(names), label=label, color=COLOURS[name])
+            bars = axes.barh(rows, rates, 0.8 / len(names), label=label, color=STACKS[name][1])
             axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
         axes.set_yticks(range(len(works)), works)
         axes.invert_yaxis()
@@ -245,39 +235,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not shutil.which("wrk"):
         sys.exit("wrk is not installed: apt-get install wrk")
     with tempfile.TemporaryDirectory() as name, ExitStack() as exits:
-        folder = Path(name)
-        cluster = exits.enter_context(DefaultPostgres(folder / "cluster"))
+        cluster = exits.enter_context(DefaultPostgres(Path(name, "cluster")))
         cluster.run("CREATE DATABASE million")
         cluster.run("CREATE ROLE plain LOGIN BYPASSRLS")  # it pays for no policy
-        checkout = exits.enter_context(copied(folder / "checkout"))
-        stacks: dict[str, Stack] = {}
-        starts: dict[str, float] = {}
-        files: dict[tuple[str, int], Path] = {}
-        for count in {MILLION if stack == "million" else options.tasks for stack in options.stacks}:
-            database = Database(cluster.url.replace("/postgres?", "/million?")) if count == MILLION else cluster
+        checkout = exits.enter_context(copied(Path(name, "checkout")))
+        loads: dict[bool, Tasks] = {}
+        for is_million in {stack == "million" for stack in options.stacks}:
+            database = Database(cluster.url.replace("/postgres?", "/million?")) if is_million else cluster
             database.migrate()
             database.run("GRANT taskapi_user TO plain")
-            tasks = Tasks(database.url, count)
-            tasks.seed()
-            files |= {(work, count): WORKS[work].write(tasks, folder / f"{work} {count}") for work in options.works}
-            for stack in options.stacks:
-                if (stack == "million") == (count == MILLION):
-                    stacks[stack], starts[stack] = exits.enter_context(serving(stack, database, tasks, checkout))
-        stacks = {stack: stacks[stack] for stack in options.stacks}
+            loads[is_million] = Tasks(database.url, MILLION if is_million else options.tasks)
+            loads[is_million].seed()
+        stacks = {one: exits.enter_context(serving(one, loads[one == "million"], checkout)) for one in options.stacks}
         check(stacks)
         runs = [Run(stack, *one) for one in itertools.product(options.works, options.connections) for stack in stacks]
         runs = [run for run in runs if run.connections <= MOST.get(run.stack, run.connections)]
         results = Results((run, []) for run in runs)
         for number in range(options.rounds):
             for run in runs if number % 2 == 0 else reversed(runs):
-                work, tasks = WORKS[run.work], stacks[run.stack].tasks
-                if work.writes:
-                    tasks.settle()
-                file = files[run.work, tasks.count]
-                figures = measure(stacks[run.stack], work, file, run.connections, options.seconds)
+                figures = measure(stacks[run.stack], WORKS[run.work], run.connections, options.seconds)
                 results[run].append(figures)
                 print(f"{number + 1}/{options.rounds} {run}: {figures.rate:,.0f}/s, {figures.cpu:.0f} µs", flush=True)
-        sizes = [f"- {stack}: {starts[stack]:.2f} s, {one.memory():.0f} MB" for stack, one in stacks.items()]
+        sizes = [f"- {stack}: {one.start:.2f} s, {one.memory():.0f} MB" for stack, one in stacks.items()]
         about = f"# Benchmark\n\nMeasured on {machine()}. {versions(cluster)}.\n\n{METHOD.format(**vars(options))}"
         ends = "From the start to the first answer, and the memory of the largest process after all runs:\n\n"
         text = f"{about}\n{table(results, stacks)}\n{ends}{chr(10).join(sizes)}\n"

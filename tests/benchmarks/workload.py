@@ -1,12 +1,12 @@
 """The tasks in the database of the benchmark, and the requests that every stack is sent."""
 
 import hashlib
+import itertools
 import json
 import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psycopg
@@ -49,11 +49,6 @@ SETTLE = """
 """
 
 
-def user(kind: str, number: int) -> str:
-    """A user id like Better Auth's: 32 characters in no order."""
-    return hashlib.md5(f"{kind} {number}".encode(), usedforsecurity=False).hexdigest()
-
-
 @dataclass(frozen=True)
 class Tasks:
     """A database with `count` tasks, in which the tasks of one user lie between those of all others."""
@@ -61,12 +56,9 @@ class Tasks:
     url: str
     count: int
 
-    @property
-    def owners(self) -> int:
-        return self.count // SHARE
-
     def seed(self) -> None:
-        self.execute(SEED.format(tasks=self.count, owners=self.owners, heavy=USERS, long=LONG_SHARE, users=USERS))
+        owners = self.count // SHARE
+        self.execute(SEED.format(tasks=self.count, owners=owners, heavy=USERS, long=LONG_SHARE, users=USERS))
         self.settle()
 
     def settle(self) -> None:
@@ -79,10 +71,6 @@ class Tasks:
         with psycopg.connect(self.url, autocommit=True) as conn:
             conn.execute(command.encode())
 
-    def items(self) -> list[tuple[str, int]]:
-        """Each user with each of their tasks. The users take turns: each may have only a few requests in progress."""
-        return [(user("owner", n), share * self.owners + n + 1) for share in range(SHARE) for n in range(USERS)]
-
 
 @dataclass(frozen=True)
 class Work:
@@ -92,12 +80,6 @@ class Work:
     status: int = 200
     writes: bool = False
 
-    def write(self, tasks: Tasks, file: Path) -> Path:
-        """Writes the requests as wrk.lua reads them."""
-        with file.open("wb") as out:
-            out.writelines(b"%d\n%b" % (len(one), one) for one in self.requests(tasks))
-        return file
-
 
 def ask(method: str, user: str, path: str = "", body: Any = None, token: str = "") -> bytes:
     data = None if body is None else json.dumps(body).encode()
@@ -105,15 +87,17 @@ def ask(method: str, user: str, path: str = "", body: Any = None, token: str = "
 
 
 def tokens(kind: str) -> list[tuple[str, str]]:
-    """The users of a kind, each with a token."""
-    names = [user(kind, number) for number in range(USERS)]
-    return [(name, mint(name, exp=int(time.time()) + 86_400)) for name in names]
+    """The users of a kind, each with a token. Their ids are like Better Auth's: 32 characters in no order."""
+    users = [hashlib.md5(f"{kind} {n}".encode(), usedforsecurity=False).hexdigest() for n in range(USERS)]
+    return [(user, mint(user, exp=int(time.time()) + 86_400)) for user in users]
 
 
 def per_item(method: str, path: str = "/{}", body: Any = None) -> Callable[[Tasks], Iterator[bytes]]:
+    """One for each task. The users take turns: each may have only a few requests in progress."""
+
     def requests(tasks: Tasks) -> Iterator[bytes]:
-        known = dict(tokens("owner"))
-        return (ask(method, user, path.format(id), body, known[user]) for user, id in tasks.items())
+        for share, (number, (user, token)) in itertools.product(range(SHARE), enumerate(tokens("owner"), 1)):
+            yield ask(method, user, path.format(share * (tasks.count // SHARE) + number), body, token)
 
     return requests
 
@@ -123,27 +107,22 @@ def per_user(method: str, kind: str, body: Any = None) -> Callable[[Tasks], Iter
 
 
 def delete(_: Tasks) -> Iterator[bytes]:
-    users = tokens("deleter")
-    for number in range(DELETIONS):
-        name, token = users[number % USERS]
-        yield ask("DELETE", name, f"/{FIRST_DELETION + number}", token=token)
+    for number, (user, token) in zip(range(DELETIONS), itertools.cycle(tokens("deleter")), strict=False):
+        yield ask("DELETE", user, f"/{FIRST_DELETION + number}", token=token)
 
 
 def mix(tasks: Tasks) -> Iterator[bytes]:
     """Of ten requests four read a task, three a list, and one each creates, updates and toggles a task."""
     kinds = [[*WORKS[kind].requests(tasks)] for kind in ("get", "list of 20", "create", "update", "toggle")]
-    order = random.Random(0)  # noqa: S311 - the same for all stacks
-    for number in range(USERS * SHARE):
-        (requests,) = order.choices(kinds, (4, 3, 1, 1, 1))
-        yield requests[number % len(requests)]
+    order = random.Random(0).choices(kinds, (4, 3, 1, 1, 1), k=USERS * SHARE)  # noqa: S311 - the same for all stacks
+    return (requests[number % len(requests)] for number, requests in enumerate(order))
 
 
 def refused(_: Tasks) -> Iterator[bytes]:
     """Tokens that have another signature, and tokens that have expired."""
-    for number in range(USERS):
-        name = user("owner", number)
-        yield ask("GET", name, token=mint(name, secret="a secret of 32 bytes that no stack knows"))
-        yield ask("GET", name, token=mint(name, exp=1))
+    for user, _token in tokens("owner"):
+        yield ask("GET", user, token=mint(user, secret="a secret of 32 bytes that no stack knows"))
+        yield ask("GET", user, token=mint(user, exp=1))
 
 
 WORKS = {

@@ -6,11 +6,9 @@ import json
 import logging
 import time
 from datetime import UTC, datetime
-from typing import Annotated
+from typing import Any
 
-import asyncpg
-from fastapi import Depends, HTTPException, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import HTTPException, Request
 from limits import parse
 from limits.aio.storage import MemoryStorage
 from limits.aio.strategies import FixedWindowRateLimiter
@@ -28,17 +26,13 @@ limiter = FixedWindowRateLimiter(MemoryStorage())
 tokens: dict[str, tuple[str, float]] = {}  # the user of each verified token, and when it expires
 
 
-async def fetch_row(pool: asyncpg.Pool, statement: str, user: str, *params: object) -> asyncpg.Record | None:
-    async with pool.acquire() as conn, conn.transaction():
+async def fetch_row(request: Request, statement: str, user: str, *params: object) -> Any:
+    async with request.app.state.pool.acquire() as conn, conn.transaction():
         await conn.fetchrow(SET_USER, user)
         return await conn.fetchrow(statement, user, *params)
 
 
-async def check_user(
-    request: Request,
-    user_id: str,
-    credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-) -> str:
+async def check_user(request: Request, user_id: str, credentials: common.Credentials) -> str:
     found = tokens.get(credentials.credentials) if credentials else None
     if found is None or found[1] <= time.time():
         try:
@@ -77,22 +71,15 @@ class Log:
             await send(message)
 
         await self._app(scope, receive, send_and_note)
-        fields = {
-            "time": datetime.now(UTC).isoformat(),
-            "level": "INFO",
-            "message": "request",
-            "method": scope["method"],
-            "route": getattr(scope.get("route"), "path", None),
-            "client": scope["client"] and scope["client"][0],
-            "status": status,
-            "duration_ms": round((time.perf_counter() - started) * 1000, 2),
-            "user": scope.get("state", {}).get("user"),
-        }
+        fields: dict[str, Any] = {"time": datetime.now(UTC).isoformat(), "level": "INFO", "message": "request"}
+        fields |= {"method": scope["method"], "route": getattr(scope.get("route"), "path", None)}
+        fields |= {"client": scope["client"] and scope["client"][0], "user": scope.get("state", {}).get("user")}
+        fields |= {"status": status, "duration_ms": round((time.perf_counter() - started) * 1000, 2)}
         log.info(json.dumps(fields))
 
 
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 app = plain.app
-app.state.fetch_row = fetch_row
+plain.fetch_row = fetch_row
 app.dependency_overrides[common.check_user] = check_user
 app.add_middleware(Log)

@@ -8,6 +8,7 @@ what is compared. uvicorn[standard] serves it, with uvloop and httptools.
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import asyncpg
 from fastapi import FastAPI, HTTPException, Request, Response
@@ -57,17 +58,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 app = FastAPI(lifespan=lifespan)
 
 
-async def fetch_row(pool: asyncpg.Pool, statement: str, user: str, *params: object) -> asyncpg.Record | None:
-    return await pool.fetchrow(statement, user, *params)
+async def fetch_row(request: Request, statement: str, user: str, *params: object) -> Any:
+    return await request.app.state.pool.fetchrow(statement, user, *params)
 
 
-app.state.fetch_row = fetch_row
-
-
-async def answer(request: Request, statement: str, *params: object) -> Response:
+async def answer(request: Request, statement: str, user: str, *params: object) -> Response:
     """The JSON in the row's only column."""
-    state = request.app.state
-    row = await state.fetch_row(state.pool, statement, *params)
+    row = await fetch_row(request, statement, user, *params)
     if row is None:
         raise HTTPException(404, "No task with this id.")
     return Response(row[0], media_type="application/json")
@@ -81,9 +78,8 @@ async def list_tasks(request: Request, user: User) -> Response:
 @app.post("/api/{user_id}/tasks")
 async def create_task(request: Request, user: User, body: NewTask) -> Response:
     values = (body.title, body.description, body.is_completed, body.due_at, body.priority, body.tags)
-    row = await request.app.state.fetch_row(request.app.state.pool, CREATE, user, *values)
-    location = f"/api/{user}/tasks/{row['id']}"
-    return Response(row["task"], 201, {"Location": location}, media_type="application/json")
+    row = await fetch_row(request, CREATE, user, *values)
+    return Response(row["task"], 201, {"Location": f"/api/{user}/tasks/{row['id']}"}, media_type="application/json")
 
 
 @app.get("/api/{user_id}/tasks/{id}")

@@ -93,7 +93,8 @@ def find(session: Session, user: User, id: int) -> Task:
 
 
 def save(session: Session, task: Task) -> Task:
-    task.completed_at = (task.completed_at or now()) if task.is_completed else None
+    task.updated_at = now()
+    task.completed_at = (task.completed_at or task.updated_at) if task.is_completed else None
     session.add(task)
     session.commit()
     session.refresh(task)
@@ -124,15 +125,13 @@ def update_task(session: Database, user: CurrentUser, id: int, body: common.Chan
     if not changes:
         raise HTTPException(422, "At least one field is required.")
     task = find(session, user, id)
-    task.sqlmodel_update(changes, update={"updated_at": now()})
-    return save(session, task)
+    return save(session, task.sqlmodel_update(changes))
 
 
 @app.patch("/api/{user_id}/tasks/{id}/complete", response_model=TaskPublic)
 def toggle_task(session: Database, user: CurrentUser, id: int) -> Task:
     task = find(session, user, id)
     task.is_completed = not task.is_completed
-    task.updated_at = now()
     return save(session, task)
 
 
