@@ -45,7 +45,7 @@ class Database:
         """Executes a command as superuser and returns its rows."""
         with psycopg.connect(self.url, autocommit=True, application_name="test") as conn:
             cursor = conn.execute(command, params)
-            return cursor.fetchall() if cursor.description else []
+            return cursor.fetchall() if cursor.description is not None else []  # it is [] for SELECT FROM
 
     def backends(self, wait_event: str = "%") -> list[int]:
         """The process ids of the backends that serve taskapi: all, or those that wait for an event."""
