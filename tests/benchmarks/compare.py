@@ -194,27 +194,24 @@ def table(results: Results, stacks: Iterable[str]) -> str:
 
 def plot(results: Results, connections: int, file: Path) -> None:
     """Draws the requests a second of each stack."""
-    import matplotlib as mpl  # here, since it takes half a second
-    from matplotlib.figure import Figure
-
     runs = [run for run in results if run.connections == connections]
-    works, names = list(dict.fromkeys(run.work for run in runs)), list(dict.fromkeys(run.stack for run in runs))
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "taskapi", "font.family": "sans-serif"}):
-        figure = Figure(figsize=(8, 1 + 0.2 * len(works) * (len(names) + 1)), layout="constrained")
-        axes = figure.subplots()
-        for place, name in enumerate(names):
-            rates = [results.median(Run(name, work, connections)).rate for work in works]
-            rows = [row + 0.8 * (place + 0.5) / len(names) - 0.4 for row in range(len(works))]
-            label = f"taskapi, {name}" if name in OURS else f"FastAPI, {name}"
-            bars = axes.barh(rows, rates, 0.8 / len(names), label=label, color=STACKS[name][1])
-            axes.bar_label(bars, fmt="{:,.0f}", padding=3, fontsize="small")
-        axes.set_yticks(range(len(works)), works)
-        axes.invert_yaxis()
-        axes.margins(x=0.1, y=0.02)
-        axes.set_xlabel(f"requests/s, {connections} connections, one process; {machine()}", fontsize="small")
-        axes.spines[["top", "right"]].set_visible(False)
-        figure.legend(loc="outside upper center", ncols=len(names), frameon=False)
-        figure.savefig(file, metadata={"Date": None})
+    most = max(results.median(run).rate for run in runs)
+    shapes, y = [f'<text x="100" y="15">requests/s, {connections} connections, one process; {machine()}</text>'], 28
+    for x, name in enumerate(dict.fromkeys(run.stack for run in runs)):
+        label = f"taskapi, {name}" if name in OURS else f"FastAPI, {name}"
+        shapes.append(f'<rect x="{100 + 115 * x}" y="{y}" width="10" height="10" fill="{STACKS[name][1]}"/>')
+        shapes.append(f'<text x="{115 + 115 * x}" y="{y + 10}">{label}</text>')
+    for work, group in itertools.groupby(runs, lambda run: run.work):
+        y += 20
+        shapes.append(f'<text x="90" y="{y + 11}" text-anchor="end">{work}</text>')
+        for run in group:
+            rate, colour = results.median(run).rate, STACKS[run.stack][1]
+            shapes.append(f'<rect x="100" y="{y}" width="{rate / most * 600:.0f}" height="13" fill="{colour}"/>')
+            shapes.append(f'<text x="{rate / most * 600 + 105:.0f}" y="{y + 11}">{rate:,.0f}</text>')
+            y += 14
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 800 {y + 10}" font-family="sans-serif" font-size="11"'
+    shapes.insert(0, '<rect width="100%" height="100%" fill="white"/>')
+    file.write_text("\n".join([f"{head}>", *shapes, "</svg>\n"]))
 
 
 def machine() -> str:
