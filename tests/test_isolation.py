@@ -36,7 +36,7 @@ WITHOUT_ONE_CONDITION = [
 
 def rows_of(conn: psycopg.Connection, person: Person) -> list[Any]:
     """All rows of a user, as the owner of the database sees them."""
-    command = "SELECT * FROM taskapi.{} WHERE {} = %s ORDER BY 1"
+    command = "SELECT t.* FROM taskapi.{} AS t WHERE {} = %s ORDER BY t::text"
     return [conn.execute(command.format(*one).encode(), [person.user]).fetchall() for one in USER_COLUMNS.items()]
 
 
