@@ -203,7 +203,7 @@ def main() -> None:
 
 
 def tune_process() -> None:
-    """Changes how Linux and glibc treat this process, before it starts its threads. Does nothing on other systems."""
+    """Changes how Linux and glibc treat this process, before the server's threads start. Does nothing elsewhere."""
     with contextlib.suppress(AttributeError, OSError):
         # A thread that only wakes up to wait for the GIL does not interrupt the one that has it: 14% more requests.
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # not earlier: PostgreSQL would inherit it

@@ -24,7 +24,7 @@ from taskapi.db import Database
 from taskapi.limits import Concurrency, Limits, MemoryStore
 from taskapi.proxy import TrustedProxy
 from taskapi.tokens import TokenVerifier
-from tests import crowd, processes
+from tests import fairness, processes
 from tests.citus import needs_postgresql
 from tests.people import Answer, Person, assert_problem, mint, running_app
 from tests.processes import Process, Wire, environment, free_port, request, serving_copy, started, wait_until
@@ -376,7 +376,7 @@ def test_changes_that_wait_for_each_other_are_not_slow(app: Flask, alice: Person
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", ["--crowd 60,30 --megabytes 2", "--fault full --server granian"])
-def test_crowd_and_outage_in_short(arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ["--connections 60,30 --megabytes 2", "--fault full --server granian"])
+def test_load_and_outage_in_short(arguments: str) -> None:
     """It fails if another status is answered than promised. The times are not tested: the machine may be busy."""
-    crowd.main([*arguments.split(), "--seconds", "1"])
+    fairness.main([*arguments.split(), "--seconds", "1"])

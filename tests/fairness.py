@@ -1,9 +1,9 @@
 """What others notice of a few people with hundreds of connections each, or of an outage of the database:
 
-    python -m tests.crowd --server granian --crowd 300,300,100,100,100
-    python -m tests.crowd --server granian --fault frozen
+    python -m tests.fairness --server granian --connections 300,300,100,100,100
+    python -m tests.fairness --server granian --fault frozen
 
-Each connection of the crowd repeats the most expensive request that is allowed, a search that finds nothing in 20 MB of
+Each connection of the load repeats the most expensive request that is allowed, a search that finds nothing in 20 MB of
 text, and waits a second where the answer says so. Meanwhile another person reads a task, and GET /livez is sent.
 
 In an outage (PostgreSQL is frozen, is stopped, or accepts no connection) 200 connections of 100 people repeat requests
@@ -42,7 +42,7 @@ server {{
 """
 
 
-def repeat(url: str, crowd: dict[bytes, int], is_patient: bool, seconds: float) -> tuple[Counter[int], float]:
+def repeat(url: str, load: dict[bytes, int], is_patient: bool, seconds: float) -> tuple[Counter[int], float]:
     """Opens so many connections for each request, which they repeat; for a process of its own. If they are patient,
     they wait a second where the answer has Retry-After."""
     statuses, longest = Counter[int](), 0.0
@@ -60,7 +60,7 @@ def repeat(url: str, crowd: dict[bytes, int], is_patient: bool, seconds: float) 
 
     async def run() -> None:
         host, _, port = urlsplit(url).netloc.partition(":")
-        copies = [sent for sent, count in crowd.items() for _ in range(count)]
+        copies = [sent for sent, count in load.items() for _ in range(count)]
         running = [asyncio.create_task(repeat_one(sent, *await asyncio.open_connection(host, port))) for sent in copies]
         await asyncio.wait(running, timeout=seconds)
 
@@ -80,13 +80,13 @@ def measure(url: str, sent: bytes, seconds: float) -> tuple[list[float], set[int
 
 
 def watch(
-    url: str, crowd: dict[bytes, int], others: dict[str, bytes], is_patient: bool, seconds: float
+    url: str, load: dict[bytes, int], others: dict[str, bytes], is_patient: bool, seconds: float
 ) -> tuple[dict[str, float], Counter[int], float]:
-    """Measures the others' requests while those of the crowd are repeated, from 2 s or 5 s on. Returns the 99th
-    percentile in ms for each of the others, and the statuses and the longest time in s of the crowd."""
+    """Measures the others' requests while those of the load are repeated, from 2 s or 5 s on. Returns the 99th
+    percentile in ms for each of the others, and the statuses and the longest time in s of the load."""
     context, p99, delay = multiprocessing.get_context("spawn"), {}, 2 if is_patient else 5
     with ProcessPoolExecutor(1, context) as process, ThreadPoolExecutor(len(others)) as threads:
-        repeated = process.submit(repeat, url, crowd, is_patient, delay + seconds)
+        repeated = process.submit(repeat, url, load, is_patient, delay + seconds)
         time.sleep(delay)
         running = {name: threads.submit(measure, url, sent, seconds) for name, sent in others.items()}
         for name, result in running.items():
@@ -94,23 +94,23 @@ def watch(
             p99[name] = times[int(len(times) * 0.99)]
             print(f"{name}: {len(times)} x {statuses}, median {times[len(times) // 2]:.0f} ms, p99 {p99[name]:.0f} ms")
             assert len(statuses) == 1, statuses
-        crowd_statuses, longest = repeated.result()
-    print(f"the crowd: {dict(crowd_statuses)}, the longest {longest:.1f} s")
-    return p99, crowd_statuses, longest
+        load_statuses, longest = repeated.result()
+    print(f"the load: {dict(load_statuses)}, the longest {longest:.1f} s")
+    return p99, load_statuses, longest
 
 
-def watch_crowd(url: str, server: Server, sizes: list[int], seconds: float, megabytes: int) -> bool:
+def watch_load(url: str, server: Server, sizes: list[int], seconds: float, megabytes: int) -> bool:
     """Whether others are answered in time while each person has so many connections and so much text."""
     tasks = [{"title": "Buy milk", "description": "lorem ips " * 1_000}] * 100
-    crowd = {}
+    load = {}
     for number, size in enumerate(sizes):
-        path, token = f"/api/crowd-{number}/tasks", mint(f"crowd-{number}")
+        path, token = f"/api/load-{number}/tasks", mint(f"load-{number}")
         for _ in range(megabytes):
             assert server.ask("POST", path, tasks, token).status == 201
-        crowd[request("GET", f"{path}?q=zzz", token=token)] = size
+        load[request("GET", f"{path}?q=zzz", token=token)] = size
     task = server.ask("POST", "/api/ann/tasks", {"title": "Buy milk"}, mint("ann")).headers["location"]
     others = {"task": request("GET", task, token=mint("ann")), "livez": request("GET", "/livez")}
-    p99, statuses, _ = watch(url, crowd, others, True, seconds)
+    p99, statuses, _ = watch(url, load, others, True, seconds)
     assert set(statuses) == {200, 429}, statuses
     factor = 1 if len(sizes) == 1 else 2
     return p99["task"] < 500 * factor and p99["livez"] < 250 * factor
@@ -131,12 +131,12 @@ FAULTS = {"frozen": Postgres.frozen, "stopped": Postgres.stopped, "full": full}
 def watch_outage(url: str, server: Server, postgres: Postgres, fault: str, seconds: float) -> bool:
     """Whether invalid tokens are refused in time during the fault, and all is well after it."""
     people = [f"person-{number}" for number in range(100)]
-    crowd = {request("GET", f"/api/{name}/tasks", token=mint(name)): 2 for name in people}
+    load = {request("GET", f"/api/{name}/tasks", token=mint(name)): 2 for name in people}
     for name in people[:20]:
         assert server.ask("POST", f"/api/{name}/tasks", {"title": "Buy milk"}, mint(name)).status == 201
     others = {"refused": request("GET", "/api/ann/tasks", token="a.b.c"), "livez": request("GET", "/livez")}
     with FAULTS[fault](postgres):
-        p99, statuses, longest = watch(url, crowd, others, False, seconds)
+        p99, statuses, longest = watch(url, load, others, False, seconds)
     wait_until(lambda: ask(url, "GET", "/readyz").status == 200, "ready")
     for name in people[:20]:
         assert len(ask(url, "GET", f"/api/{name}/tasks", token=mint(name)).json) == 1
@@ -149,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     assert __doc__
     parser = argparse.ArgumentParser(description=__doc__.partition(":\n")[0])
     parser.add_argument("--server", choices=SERVERS, default=SERVERS[0])
-    parser.add_argument("--crowd", default="1000", help="the connections of each person, such as 300,300,100")
+    parser.add_argument("--connections", default="1000", help="the connections of each person, such as 300,300,100")
     parser.add_argument("--fault", choices=FAULTS)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--megabytes", type=int, default=20, help="of text of each person")
@@ -166,8 +166,8 @@ def main(arguments: Sequence[str] | None = None) -> bool:
             url = f"http://127.0.0.1:{port}"
         if options.fault:
             return watch_outage(url, server, postgres, options.fault, options.seconds)
-        sizes = [int(size) for size in options.crowd.split(",")]
-        return watch_crowd(url, server, sizes, options.seconds, options.megabytes)
+        sizes = [int(size) for size in options.connections.split(",")]
+        return watch_load(url, server, sizes, options.seconds, options.megabytes)
 
 
 if __name__ == "__main__":
