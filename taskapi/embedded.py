@@ -29,6 +29,7 @@ START_TIMEOUT = 60  # seconds: a recovery after a crash is slow
 SOCKET = ".s.PGSQL.5432"  # the name of PostgreSQL's socket
 MAX_PATH = 107 - len(f"/{SOCKET}")  # bytes of its folder's path
 STOP_TIMEOUT = 20  # seconds before an immediate shutdown
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # of this process; see server.py
 
 
 def load_settings() -> Settings:
@@ -143,7 +144,7 @@ class Cluster:
             if self._process is None and not self._listens():
                 self._reset_lock_files()
                 options = ("--listen_addresses=", "--unix_socket_directories=.")  # a short path: it is relative
-                self._process = self._popen("postgres", "-D", str(self._data), *options)
+                self._start_program("postgres", "-D", str(self._data), *options)
             if (self._process and self._process.poll() is not None) or time.monotonic() > deadline:
                 raise ConfigError(f"the embedded PostgreSQL does not start: see {self.folder / 'postgres.log'}")
             time.sleep(0.01)
@@ -153,6 +154,15 @@ class Cluster:
             if self._listens():
                 self._popen("pg_ctl", "stop", "-D", str(self._data), "-m", mode, "-t", str(STOP_TIMEOUT)).wait()
         self._end_process()  # pg_ctl cannot stop it if its files have been removed
+
+    def _start_program(self, *command: str) -> None:
+        """Starts a program that `_end_process` ends. A stop signal waits until the program is known here: its handler
+        raises SystemExit. initdb inherits the mask, and postgres resets it."""
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        try:
+            self._process = self._popen(*command)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _end_process(self) -> None:
         """Ends the program of PostgreSQL that this process has started, if it runs."""
@@ -168,9 +178,8 @@ class Cluster:
         owner = self._owner()
         os.chown(fresh, owner.pw_uid, owner.pw_gid)
         locale = ("--no-locale", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--encoding=UTF8")
-        command = ("initdb", "-D", str(fresh), "-U", "postgres", "-A", "trust", *locale)
-        self._process = self._popen(*command)
-        if self._process.wait():
+        self._start_program("initdb", "-D", str(fresh), "-U", "postgres", "-A", "trust", *locale)
+        if self._process and self._process.wait():
             raise ConfigError(f"the embedded PostgreSQL cannot be set up: see {self.folder / 'postgres.log'}")
         self._process = None
         fresh.rename(self._data)

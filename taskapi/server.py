@@ -24,12 +24,12 @@ from . import VERSION, create_app, docs, embedded, logs, tokens
 from .channel import Channel, has_input
 from .config import ConfigError, Settings, load_env_file
 from .context import get_api
+from .embedded import STOP_SIGNALS
 from .migrations import migrate
 
 MAX_CONNECTIONS = 2_000  # open at most; fewer if the limit of file descriptors is low
 REQUEST_TIMEOUT = 30  # seconds to receive a whole request, to send a whole answer, and to wait for the next request
 LINGER = 1  # seconds for which a stopping server keeps idle connections: a client may have sent a request already
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_REQUESTS_MEMORY = 32 * 2**20  # bytes that unanswered requests may take, beside SMALL_REQUEST for each connection
 MAX_ANSWERS_MEMORY = 48 * 2**20  # bytes of unread answers; may be a third more until connections are closed
 MEMORY_CHECK = 2**20  # bytes received between two checks of the memory that requests take

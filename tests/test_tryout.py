@@ -28,6 +28,7 @@ from taskapi.server import listen
 from tests import processes
 from tests.people import SECRET
 from tests.processes import PYTHON, ask, copied, environment, kill_all, processes_in, serving, started, wait_until
+from tests.servers import python_after
 
 pytestmark = pytest.mark.slow  # as a whole: each test starts a PostgreSQL
 
@@ -107,7 +108,9 @@ def test_tasks_tokens_and_the_secret_survive(warm: Path, end: signal.Signals | s
 def test_signal_during_the_start_leaves_nothing_running(warm: Path, folder: Path, sign: str) -> None:
     """While PostgreSQL starts, and while initdb runs: then the next start begins again."""
     folder = folder if "initdb" in sign else warm
-    with started([*PYTHON, "wsgi.py"], folder, environment()) as process:
+    # A program runs for a while before its Popen is known, as on a busy machine.
+    slow = "subprocess.Popen = lambda *args, call=subprocess.Popen, **kw: (call(*args, **kw), time.sleep(0.5))[0]"
+    with started(python_after("import subprocess", slow), folder, environment()) as process:
         wait_until(lambda: [*(folder / ".taskapi").glob(sign)], f"there is {sign}")
         assert process.stop(signal.SIGINT) == 0
         assert process.complaints == []
